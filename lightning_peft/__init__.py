@@ -1,0 +1,53 @@
+"""Parameter-efficient fine-tuning for PyTorch Lightning.
+
+The names below are stable; deeper paths promise nothing. Those that need Lightning are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft import errors as errors
+from lightning_peft.checkpoint import inspect_adapter as inspect_adapter
+from lightning_peft.checkpoint import load_adapter as load_adapter
+from lightning_peft.checkpoint import save_adapter as save_adapter
+from lightning_peft.errors import PEFTError as PEFTError
+from lightning_peft.strategies import AdaLoRA as AdaLoRA
+from lightning_peft.strategies import BitFit as BitFit
+from lightning_peft.strategies import Compose as Compose
+from lightning_peft.strategies import Full as Full
+from lightning_peft.strategies import Head as Head
+from lightning_peft.strategies import HoulsbyAdapter as HoulsbyAdapter
+from lightning_peft.strategies import LoRA as LoRA
+from lightning_peft.strategies import MethodInfo as MethodInfo
+from lightning_peft.strategies import PEFTStrategy as PEFTStrategy
+from lightning_peft.strategies import VeRA as VeRA
+from lightning_peft.strategies import get_method as get_method
+from lightning_peft.strategies import inject as inject
+from lightning_peft.strategies import list_methods as list_methods
+from lightning_peft.strategies import register as register
+from lightning_peft.strategies import resolve as resolve
+from lightning_peft.surgery.anatomy import anatomy_of as anatomy_of
+from lightning_peft.surgery.handle import Handle as Handle
+from lightning_peft.surgery.handle import handles as handles
+from lightning_peft.surgery.targets import Targets as Targets
+
+if TYPE_CHECKING:
+    from lightning_peft.training import PEFTCallback as PEFTCallback
+    from lightning_peft.training import PEFTDataModule as PEFTDataModule
+    from lightning_peft.training import PEFTLightningModule as PEFTLightningModule
+    from lightning_peft.training import load_from_checkpoint as load_from_checkpoint
+
+__version__ = "0.1.0"
+_TRAINING = ("PEFTCallback", "PEFTDataModule", "PEFTLightningModule", "load_from_checkpoint")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TRAINING:
+        return getattr(importlib.import_module("lightning_peft.training"), name)
+    raise AttributeError(f"module 'lightning_peft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRAINING})

@@ -1,0 +1,1 @@
+"""The mathematics of the methods: modules that know neither models nor Lightning."""

@@ -1,0 +1,3 @@
+"""Methods that add modules or tokens."""
+
+from lightning_peft.strategies.additive.houlsby import HoulsbyAdapter as HoulsbyAdapter

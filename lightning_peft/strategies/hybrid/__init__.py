@@ -1,0 +1,3 @@
+"""Combinations of methods."""
+
+from lightning_peft.strategies.hybrid.compose import Compose as Compose

@@ -1,0 +1,97 @@
+"""Compose: several strategies on one model as one adapter, each at its own targets; nothing in a method knows of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, optim
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.strategies.registry import register, resolve
+from lightning_peft.strategies.schedule import Schedule
+from lightning_peft.strategies.strategy import PEFTStrategy
+from lightning_peft.surgery.anatomy import Anatomy
+from lightning_peft.surgery.edits import BuildShared, Edit, Plan
+from lightning_peft.surgery.handle import Handle, Slot
+
+
+@register(
+    name="compose",
+    family="hybrid",
+    summary="Installs several strategies side by side as one adapter.",
+    paper="the combination used by MAM, arXiv 2110.04366, and UniPELT, arXiv 2110.07577",
+    example={"parts": [{"class_path": "LoRA", "init_args": {"rank": 2}}, {"class_path": "BitFit"}]},
+)
+@dataclass(frozen=True, kw_only=True)
+class Compose(PEFTStrategy):
+    """Several strategies as one: planned together, saved in one file, disabled and removed together.
+
+    On a layer that two parts adapt they nest in the order given.
+
+    Args:
+        parts: Two or more strategies, names or mappings.
+    """
+
+    parts: tuple[PEFTStrategy | str | dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(resolve(part) for part in self.parts))
+        super().__post_init__()
+
+    def validate(self) -> None:
+        if len(self.parts) < 2:
+            raise ConfigError(f"Compose: parts holds {len(self.parts)} strategies; two or more make a composition.")
+        if self.targets is not None:
+            raise ConfigError("Compose: `targets` belongs to the parts.")
+
+    @property
+    def strategies(self) -> tuple[PEFTStrategy, ...]:
+        """The resolved parts."""
+        return self.parts  # type: ignore[return-value]
+
+    def plan(self, anatomy: Anatomy) -> Plan:
+        edits: list[Edit] = []
+        shared: dict[str, BuildShared] = {}
+        for index, part in enumerate(self.strategies):
+            plan = part.plan(anatomy)
+            edits += [edit.labelled(str(index)) for edit in plan.edits]
+            shared |= {f"{index}-{name}": build for name, build in plan.shared.items()}
+        return Plan(tuple(edits), shared)
+
+    def schedule(self, handle: Handle) -> Schedule:
+        return _Schedules([part.schedule(handle.part(str(i))) for i, part in enumerate(self.strategies)])
+
+    def group_options(self, slot: Slot) -> dict[str, float]:
+        index, _, rest = slot.label.partition("-")
+        return self.strategies[int(index)].group_options(replace(slot, label=rest))
+
+
+class _Schedules(Schedule):
+    """The schedules of all parts, in order."""
+
+    def __init__(self, parts: list[Schedule]) -> None:
+        self.parts = parts
+
+    def on_start(self, total_steps: int) -> None:
+        for part in self.parts:
+            part.on_start(total_steps)
+
+    def penalty(self) -> Tensor | None:
+        terms = [term for part in self.parts if (term := part.penalty()) is not None]
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def before_step(self, optimizer: optim.Optimizer) -> None:
+        for part in self.parts:
+            part.before_step(optimizer)
+
+    def after_step(self, optimizer: optim.Optimizer | None, *, skipped: bool = False) -> None:
+        for part in self.parts:
+            part.after_step(optimizer, skipped=skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state[str(i)])

@@ -1,0 +1,49 @@
+"""``inject``: resolve a strategy, plan it for a model, install it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.strategies.registry import resolve
+from lightning_peft.strategies.strategy import PEFTStrategy
+from lightning_peft.surgery.anatomy import Family, anatomy_of
+from lightning_peft.surgery.handle import Handle
+from lightning_peft.surgery.inject import apply_plan
+from lightning_peft.types import AdapterDtype
+
+
+def inject(
+    model: nn.Module,
+    strategy: PEFTStrategy | str | Mapping[str, Any] | list[Any],
+    name: str = "default",
+    *,
+    adapter_dtype: AdapterDtype = "auto",
+    anatomy: Family | Mapping[str, Any] | None = None,
+) -> Handle:
+    """Freeze ``model`` and install the adapters of ``strategy`` on it, in place.
+
+    Installing changes no module's class, no parameter name, no state-dict key and no value of the base. If anything is wrong, a
+    typed error comes before the first change.
+
+    Args:
+        model: Any module; it becomes the adapted root.
+        strategy: A strategy, its name, a mapping as YAML holds it, or a list of these, which composes.
+        name: Name of the adapter; several with different names live on one model.
+        adapter_dtype: dtype of adapter parameters; ``auto`` is fp32 (float64 on a float64 base).
+        anatomy: Roles of an architecture that the package does not know.
+
+    Returns:
+        The handle: trains, saves, disables, merges and removes the adapter.
+
+    Raises:
+        ConfigError: The strategy or its hyperparameters are wrong.
+        TargetError: Targets match nothing, or nothing that can be adapted.
+        PortError: The model lacks a port that the method needs.
+        ConflictError: The name is taken, or edits contradict each other.
+    """
+    resolved = resolve(strategy)
+    described = anatomy_of(model, anatomy)
+    return apply_plan(model, resolved.plan(described), described, resolved, name=name, adapter_dtype=adapter_dtype)

@@ -1,0 +1,5 @@
+"""Methods that express a change of weights with few parameters."""
+
+from lightning_peft.strategies.reparameterized.adalora import AdaLoRA as AdaLoRA
+from lightning_peft.strategies.reparameterized.lora import LoRA as LoRA
+from lightning_peft.strategies.reparameterized.vera import VeRA as VeRA

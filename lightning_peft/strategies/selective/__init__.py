@@ -1,0 +1,3 @@
+"""Methods that train a part of the base's own parameters."""
+
+from lightning_peft.strategies.selective.bitfit import BitFit as BitFit

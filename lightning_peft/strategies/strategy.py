@@ -1,0 +1,181 @@
+"""What a strategy is: one PEFT method with its hyperparameters, an immutable value that is its own configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+from lightning_peft.errors import ConfigError, TargetError
+from lightning_peft.nn.adapter import LayerKindName
+from lightning_peft.strategies.schedule import Schedule
+from lightning_peft.surgery.anatomy import Anatomy
+from lightning_peft.surgery.edits import Plan
+from lightning_peft.surgery.handle import Handle, Slot
+from lightning_peft.surgery.sites import Site
+from lightning_peft.surgery.targets import Targets
+from lightning_peft.types import Family, FrozenDict, freeze, thaw
+
+TargetsLike: TypeAlias = Targets | str | list[str] | None
+ALL_KINDS: frozenset[LayerKindName] = frozenset({"linear", "embedding", "conv", "norm", "tensor"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo:
+    """The one record of a method: what it is and what it promises. Every promise is tested by the contract suite.
+
+    Args:
+        name: Registry name.
+        family: Family of the survey taxonomy.
+        summary: One sentence.
+        paper: Title and arXiv id.
+        version: Version of the method's tensors and fields in adapter files.
+        lr: Suggested learning rate for AdamW.
+        weight_decay: Suggested weight decay.
+        mergeable: Its effect can be written into the base weights.
+        identity_at_init: The output is the base's, bit for bit, before the first step.
+        adds_positions: It adds positions to the sequence or to the keys and values.
+        ports: Ports of the anatomy that it needs.
+        layer_kinds: Layer kinds that it can adapt; empty when it adapts no layer.
+        default_roles: Roles that ``targets=None`` means; empty when the method takes no targets.
+        may_rest: Names of tensors that may stay where they are in the first steps.
+        example: Small hyperparameters with which the contract suite tests the method.
+    """
+
+    name: str
+    family: Family
+    summary: str
+    paper: str
+    version: int = 1
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    mergeable: bool = False
+    identity_at_init: bool = True
+    adds_positions: bool = False
+    ports: tuple[str, ...] = ()
+    layer_kinds: frozenset[LayerKindName] = frozenset()
+    default_roles: tuple[str, ...] = ()
+    may_rest: tuple[str, ...] = ()
+    example: Mapping[str, Any] = dataclasses.field(default_factory=FrozenDict)
+    cls: type[PEFTStrategy] = dataclasses.field(init=False, repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PEFTStrategy(ABC):
+    """One PEFT method with its hyperparameters.
+
+    Args:
+        targets: Which layers to adapt: a role (``attention.query``), a name or path suffix (``q_proj``), a glob, ``re:`` and a
+            regular expression, ``all-linear``, a list of these, or a ``Targets`` with exclusions and layer numbers. None means
+            the method's default roles.
+    """
+
+    info: ClassVar[MethodInfo]
+    targets: TargetsLike = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", Targets.parse(self.targets))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
+        self.validate()
+
+    def validate(self) -> None:
+        """Check the hyperparameters; raise :class:`ConfigError` on the first that breaks a rule."""
+
+    @abstractmethod
+    def plan(self, anatomy: Anatomy) -> Plan:
+        """Return what the method changes in this model. Pure: reads roles and shapes, works on meta tensors."""
+
+    def schedule(self, handle: Handle) -> Schedule:
+        """Return what the method does during training; nothing by default."""
+        return Schedule()
+
+    def group_options(self, slot: Slot) -> dict[str, float]:
+        """Return ``lr_scale`` and ``weight_decay`` of an owned tensor, where they differ from the user's."""
+        return {}
+
+    def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        """Return the sites that the targets, or the method's default roles, name in this model."""
+        if self.targets is None:
+            return anatomy.default_sites(self.info.default_roles)
+        assert isinstance(self.targets, Targets)
+        sites = self.targets.resolve(anatomy, kinds=self.info.layer_kinds)
+        if not sites:
+            raise TargetError(f"{type(self).__name__}: targets {self.targets} leave no layer of {self.info.layer_kinds}.")
+        return sites
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``{"class_path": ..., "init_args": ...}`` of plain values; :func:`lightning_peft.resolve` reads it back."""
+        args = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != _default(field):
+                args[field.name] = plain(value)
+        return {"class_path": type(self).__name__, "init_args": args}
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as JSON and YAML can hold it: strategies and targets as dicts, tuples as lists."""
+    if isinstance(value, PEFTStrategy):
+        return value.to_dict()
+    if isinstance(value, Targets):
+        return {f.name: thaw(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return freeze(field.default_factory())
+    return freeze(field.default)
+
+
+def require(condition: bool, owner: PEFTStrategy, field: str, rule: str) -> None:
+    """Raise :class:`ConfigError` naming the field, its value and the rule, unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"{type(owner).__name__}: {field}={getattr(owner, field)!r}, but {rule}.")
+
+
+def check_types(cls: type[PEFTStrategy], args: Mapping[str, Any]) -> None:
+    """Check plain argument values against the field annotations, as YAML and dicts give them.
+
+    Raises:
+        ConfigError: A value has a type that its field does not accept.
+    """
+    hints = typing.get_type_hints(cls)
+    for name, value in args.items():
+        if not _fits(value, hints[name]):
+            shown = str(hints[name]).replace("typing.", "").replace("lightning_peft.", "")
+            raise ConfigError(f"{cls.__name__}: {name}={value!r} is {type(value).__name__}, expected {shown}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is not None and type(None) in arguments and value is None:
+        return True
+    if str(origin) in ("typing.Union", "<class 'types.UnionType'>"):
+        return any(_fits(value, a) for a in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, tuple):
+        inner = arguments[0] if arguments else Any
+        return isinstance(value, (list, tuple)) and all(_fits(v, inner) for v in value)
+    if origin in (dict, FrozenDict):
+        return isinstance(value, Mapping) and all(_fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items())
+    if hint is Targets:
+        return isinstance(value, (Targets, Mapping))
+    if isinstance(hint, type) and issubclass(hint, PEFTStrategy):
+        return isinstance(value, (hint, Mapping, str))
+    return isinstance(value, hint) if isinstance(hint, type) else True

@@ -1,0 +1,1 @@
+"""Reading and editing a model: anatomy, targets, edits, injection. Knows no method."""

@@ -1,0 +1,193 @@
+"""A site: one weight of one module that an adapter can adapt, and the view of it that the adapter is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.errors import UnsupportedLayerError
+from lightning_peft.nn.adapter import LayerSpec
+from lightning_peft.surgery.layers import MODULE, TENSOR, LayerKind, Rows, TensorKind, layer_kind, parameter
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter goes.
+
+    Args:
+        path: Module whose forward is adapted, relative to the adapted root; ``""`` is the root itself.
+        kind: How the module stores its weight.
+        spec: Logical shape of the weight, or of its ``rows``.
+        tensor: Parameter name of the weight, relative to the module.
+        rows: The part of a fused weight, or None for all of it.
+        member: Tells apart several sites on one module (``query`` and ``value`` of a fused projection).
+        role: The role under which the anatomy knows the site, if any.
+    """
+
+    path: str
+    kind: LayerKind
+    spec: LayerSpec
+    tensor: str = "weight"
+    rows: Rows | None = None
+    member: str | None = None
+    role: str | None = None
+
+    @property
+    def key(self) -> str:
+        """``path`` or ``path[member]``, as shown to the user."""
+        return f"{self.path}[{self.member}]" if self.member else self.path
+
+    def module(self, root: nn.Module) -> nn.Module:
+        """Return the module at ``path``."""
+        return root.get_submodule(self.path)
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """Return the canonical weight ``(*batch, out, in)`` of this site, detached."""
+        full = self.kind.canonical(parameter(module, self.tensor).detach())
+        return full if self.rows is None else self.rows.take(full, -2)
+
+    def bias_name(self, module: nn.Module) -> str | None:
+        """Return the parameter name of the bias, or None."""
+        if isinstance(self.kind, TensorKind):
+            return self.kind.bias_name(module, self.tensor)
+        return "bias" if self.spec.has_bias else None
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """Return the bias of this site, detached, or None."""
+        name = self.bias_name(module)
+        if name is None:
+            return None
+        full = parameter(module, name).detach()
+        return full if self.rows is None else self.rows.take(full, -1)
+
+    def effective(self, module: nn.Module, weight: Tensor, full: Tensor) -> Tensor:
+        """Return the stored-shape tensor in which this site's part of ``full`` (stored shape) is the canonical ``weight``."""
+        if self.rows is not None:
+            weight = self.rows.put(self.kind.canonical(full), weight, -2)
+        return self.kind.stored(weight, full)
+
+
+def make_site(
+    root: nn.Module,
+    path: str,
+    *,
+    kind: LayerKind | None = None,
+    tensor: str = "weight",
+    rows: Rows | None = None,
+    member: str | None = None,
+    role: str | None = None,
+) -> Site:
+    """Describe the weight ``tensor`` of the module at ``path``.
+
+    Raises:
+        UnsupportedLayerError: The module stores no weight that can be adapted, or stores it as integers.
+    """
+    module = root.get_submodule(path)
+    kind = kind or layer_kind(module)
+    if kind is None:
+        raise UnsupportedLayerError(
+            f"'{path}' is a {type(module).__name__}, which has no weight that an adapter can attach to. Target one of its "
+            f"children: {', '.join(n for n, _ in module.named_children()) or 'it has none'}."
+        )
+    spec = kind.spec(module, tensor)
+    if kind is not MODULE and not spec.dtype.is_floating_point:
+        raise UnsupportedLayerError(
+            f"'{path}' stores its weight as {spec.dtype}. This version adapts floating-point weights only; load the base "
+            "model unquantized, or exclude the layer."
+        )
+    if rows is not None:
+        spec = replace(spec, out_features=rows.count(spec.out_features))
+    return Site(path=path, kind=kind, spec=spec, tensor=tensor, rows=rows, member=member, role=role)
+
+
+def attention_sites(root: nn.Module, path: str, part: str | None = None, role: str | None = None) -> tuple[Site, ...]:
+    """Return the sites of an ``nn.MultiheadAttention``, whose forward reads the weights of its children directly.
+
+    Args:
+        root: The adapted root.
+        path: Path of the attention module.
+        part: ``query``, ``key``, ``value`` or ``output``; None for the whole input projection and the output projection.
+        role: Role to note on the sites.
+    """
+    module = root.get_submodule(path)
+    if not isinstance(module, nn.MultiheadAttention):
+        raise UnsupportedLayerError(f"'{path}' is a {type(module).__name__}, not an nn.MultiheadAttention.")
+    width = module.embed_dim
+    fused = module.in_proj_weight is not None
+    order = {"query": 0, "key": 1, "value": 2}
+
+    def site(name: str) -> Site:
+        if name == "output":
+            return make_site(root, path, kind=TENSOR, tensor="out_proj.weight", member="output", role=role)
+        if fused:
+            rows = Rows(order[name] * width, (order[name] + 1) * width)
+            return make_site(root, path, kind=TENSOR, tensor="in_proj_weight", rows=rows, member=name, role=role)
+        return make_site(root, path, kind=TENSOR, tensor=f"{name[0]}_proj_weight", member=name, role=role)
+
+    if part is not None:
+        return (site(part),)
+    if fused:
+        whole = make_site(root, path, kind=TENSOR, tensor="in_proj_weight", member="input", role=role)
+        return (whole, site("output"))
+    return tuple(site(name) for name in (*order, "output"))
+
+
+class LayerCall:
+    """The adapted layer during one call; implements :class:`lightning_peft.nn.adapter.BaseLayer`.
+
+    Lives for one call only, so nothing that varies per call is stored on a module.
+    """
+
+    def __init__(self, site: Site, module: nn.Module, inner: Callable[..., Any], rest: Callable[[Tensor], Any]) -> None:
+        self.site, self.module, self._inner, self._arguments = site, module, inner, rest
+        self.spec = site.spec
+        self._full: Tensor | None = None
+        self._full_input: Tensor | None = None
+        self._tail: tuple[Any, ...] | None = None
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        args, kwargs = self._arguments(x)
+        out = self._inner(*args, **kwargs)
+        if type(out) is tuple and out and isinstance(out[0], Tensor):
+            self._tail, out = out[1:], out[0]
+        elif not isinstance(out, Tensor):
+            raise UnsupportedLayerError(
+                f"'{self.site.path}' ({type(self.module).__name__}) returned {type(out).__name__}; an adapter edits a tensor or "
+                "the first tensor of a tuple. Target a layer inside it."
+            )
+        if self.site.rows is None:
+            return out
+        self._full, self._full_input = out, x
+        return self.site.rows.take(out, self.site.kind.channel_dim)
+
+    def weight(self) -> Tensor:
+        return self.site.weight(self.module)
+
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        return self.site.kind.project(self.module, x, A)
+
+    def mix(self, z: Tensor, M: Tensor, groups: int = 1) -> Tensor:
+        return self.site.kind.mix(self.module, z, M, groups)
+
+    def finish(self, x: Tensor, y: Tensor) -> Any:
+        """Return the layer's whole output: the adapted part put back among the rows and tuple entries left alone."""
+        if self.site.rows is not None:
+            if self._full is None or self._full_input is not x:
+                self(x)  # the other rows of a fused layer see the original input
+            assert self._full is not None
+            y = self.site.rows.put(self._full, y, self.site.kind.channel_dim)
+        return y if self._tail is None else (y, *self._tail)
+
+
+def split_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Return the first tensor argument of a call and a function that gives the arguments with it replaced."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return value, lambda x: ((*args[:i], x, *args[i + 1 :]), kwargs)
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return value, lambda x: (args, {**kwargs, name: x})
+    raise UnsupportedLayerError(f"{type(module).__name__} was called without a tensor; an adapter has nothing to read.")
