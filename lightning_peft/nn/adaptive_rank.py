@@ -33,7 +33,7 @@ class AdaptiveRankAdapter(DeltaModule):
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         branch = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return base(x) + self.scaling * base.mix(base.project(branch, self.lora_A * self.lora_E), self.lora_B)
+        return base(x) + base.mix(base.project(branch, self.scaling * self.lora_E * self.lora_A), self.lora_B)
 
     def delta(self) -> Tensor:
         return self.scaling * self.spec.compose(self.lora_B, self.lora_A * self.lora_E)

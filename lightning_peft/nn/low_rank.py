@@ -76,7 +76,7 @@ class LowRankAdapter(DeltaModule):
         """(..., in) -> (..., out); the branch computes in the dtype of the activation."""
         A, B = self.factors()
         branch = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return base(x) + self.scaling * base.mix(base.project(branch, A), B, self.spec.groups)
+        return base(x) + base.mix(self.scaling * base.project(branch, A), B, self.spec.groups)
 
     def delta(self) -> Tensor:
         A, B = self.factors()

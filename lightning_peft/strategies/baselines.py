@@ -19,6 +19,7 @@ from lightning_peft.surgery.walk import base_parameters
     paper="baseline",
     lr=2e-5,
     weight_decay=0.01,
+    mergeable=True,
     may_rest=("*",),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Full(PEFTStrategy):
     summary="Trains the model's output head only.",
     paper="baseline",
     lr=1e-3,
+    mergeable=True,
     layer_kinds=ALL_KINDS,
     default_roles=("head",),
 )

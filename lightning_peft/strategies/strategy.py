@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
-from lightning_peft.errors import ConfigError, TargetError
+from lightning_peft.errors import ConfigError, FormatError, TargetError
 from lightning_peft.nn.adapter import LayerKindName
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.surgery.anatomy import Anatomy
@@ -89,6 +89,16 @@ class PEFTStrategy(ABC):
     def plan(self, anatomy: Anatomy) -> Plan:
         """Return what the method changes in this model. Pure: reads roles and shapes, works on meta tensors."""
 
+    @property
+    def mergeable(self) -> bool:
+        """The effect can be written into the base weights; the method's promise, or what these hyperparameters leave of it."""
+        return self.info.mergeable
+
+    @property
+    def identity_at_init(self) -> bool:
+        """The output is the base's, bit for bit, before the first step; as :attr:`mergeable`."""
+        return self.info.identity_at_init
+
     def schedule(self, handle: Handle) -> Schedule:
         """Return what the method does during training; nothing by default."""
         return Schedule()
@@ -107,26 +117,41 @@ class PEFTStrategy(ABC):
             raise TargetError(f"{type(self).__name__}: targets {self.targets} leave no layer of {self.info.layer_kinds}.")
         return sites
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return ``{"class_path": ..., "init_args": ...}`` of plain values; :func:`lightning_peft.resolve` reads it back."""
+    @classmethod
+    def upgrade(cls, init_args: dict[str, Any], version: int) -> dict[str, Any]:
+        """Return the arguments that an older version of this method saved, as the current version spells them.
+
+        A method that raises its ``MethodInfo.version`` overrides this, so that its old adapter files load for ever.
+
+        Raises:
+            FormatError: No way from ``version`` is known.
+        """
+        raise FormatError(f"{cls.__name__}: files of version {version} cannot be read by version {cls.info.version}.")
+
+    def to_dict(self, *, defaults: bool = False) -> dict[str, Any]:
+        """Return ``{"class_path": ..., "init_args": ...}`` of plain values; :func:`lightning_peft.resolve` reads it back.
+
+        Args:
+            defaults: Spell out fields that have their default value too, as files do: a default may change one day.
+        """
         args = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value != _default(field):
-                args[field.name] = plain(value)
+            if defaults or value != _default(field):
+                args[field.name] = plain(value, defaults=defaults)
         return {"class_path": type(self).__name__, "init_args": args}
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, *, defaults: bool = False) -> Any:
     """Return ``value`` as JSON and YAML can hold it: strategies and targets as dicts, tuples as lists."""
     if isinstance(value, PEFTStrategy):
-        return value.to_dict()
+        return value.to_dict(defaults=defaults)
     if isinstance(value, Targets):
         return {f.name: thaw(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
-        return [plain(v) for v in value]
+        return [plain(v, defaults=defaults) for v in value]
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: plain(v, defaults=defaults) for k, v in value.items()}
     return value
 
 

@@ -1,6 +1,6 @@
 """Anatomy: the roles, blocks, ports and known traps of one model, so that a method never names an architecture.
 
-A view of a model that planning reads and nothing changes. It comes from data of a known family (:mod:`.families`), from a user's
+A view of a model that planning reads and nothing changes. It comes from data of a known family (:mod:`.architectures`), from a user's
 own data of the same shape, or is inferred from facts (:mod:`.inference`); which one it was stands in ``family`` and in
 :meth:`Anatomy.describe`.
 """
@@ -87,7 +87,7 @@ class Anatomy:
         if self.family == INFERRED:
             raise TargetError(
                 f"{type(self.root).__name__} is no architecture that lightning_peft knows, so the default targets "
-                f"({', '.join(roles)}) would be a guess. Set targets, for example to \"all-linear\" or to some of the roles "
+                f'({", ".join(roles)}) would be a guess. Set targets, for example to "all-linear" or to some of the roles '
                 f"found: {', '.join(self.roles) or 'none'}."
             )
         return in_order(self.tree, {site for role in roles for site in self.sites(role)})
@@ -134,7 +134,9 @@ class Anatomy:
         for name, ports in self.ports.items():
             lines.append(f"  port {name}: {', '.join(p.path or '(root)' for p in ports[:3])}{', ...' if ports[3:] else ''}")
         lines += [f"  may not run: {', '.join(self.optional[:3])}{', ...' if self.optional[3:] else ''}"] * bool(self.optional)
-        lines += [f"  never runs: {path}: {reason}" for path, reason in list(self.bypasses.items())[:3]]
+        for reason in dict.fromkeys(self.bypasses.values()):
+            paths = [path for path, other in self.bypasses.items() if other == reason]
+            lines.append(f"  never runs: {paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''}: {reason}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -151,13 +153,10 @@ def anatomy_of(model: nn.Module, anatomy: Family | Mapping[str, Any] | str | Pat
     """
     tree = ModuleTree(model)
     builder = AnatomyBuilder(tree)
-    if anatomy is not None:
-        family: str | None = builder.add_given(Family.load(anatomy))
-    else:
-        family = builder.add_known()
-        if family is None:
-            builder = infer(tree, tuple(builder.notes))
-            family = "torch" if any(isinstance(m, TORCH_LAYERS) for m in tree.modules.values()) else INFERRED
+    family = builder.add_known() if anatomy is None else builder.add_given(Family.load(anatomy))
+    if family is None:
+        builder = infer(tree, tuple(builder.notes))
+        family = "torch" if any(isinstance(m, TORCH_LAYERS) for m in tree.modules.values()) else INFERRED
     return Anatomy(
         root=model,
         family=family,

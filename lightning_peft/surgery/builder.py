@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 
 from lightning_peft.errors import TargetError
-from lightning_peft.surgery.families import BY_MODEL_TYPE, BYPASSES, Family, Fused, Stack
+from lightning_peft.surgery.architectures import BY_MODEL_TYPE, BYPASSES
+from lightning_peft.surgery.families import Family, Fused, Roles, Stack
 from lightning_peft.surgery.layers import MODULE, NORM, TENSOR, TRANSPOSED_TENSOR, LinearKind, Rows, layer_kind
 from lightning_peft.surgery.ports import BodyPort, Port, attention_ports, embeddings_port, heads, hidden_width
 from lightning_peft.surgery.sites import Site, attention_sites, make_site
@@ -18,6 +19,7 @@ LOCAL_ROLES = (
     "attention", "cross_attention", "mlp", "experts", "norm", "embedding", "projection", "head", "block", "body",
 )  # fmt: skip
 PARTS = ("query", "key", "value", "output")
+PART_ORDER = (*PARTS, "gate_up", "gate", "up", "down")
 EXPERT_TENSORS = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
 
 
@@ -43,12 +45,6 @@ def in_order(tree: ModuleTree, sites: Iterable[Site]) -> tuple[Site, ...]:
     return tuple(sorted(sites, key=position))
 
 
-def _role_order(role: str) -> tuple[str, int]:
-    local = spellings(role)[-1] if ".cross_" not in f".{role}" else "cross_attention"
-    head = local.split(".")[0]
-    return role.removesuffix(local), LOCAL_ROLES.index(head) if head in LOCAL_ROLES else len(LOCAL_ROLES)
-
-
 class AnatomyBuilder:
     """Collects what an :class:`Anatomy` holds. Reads the model only.
 
@@ -67,8 +63,21 @@ class AnatomyBuilder:
         self._scopes: dict[str, str] = {}  # path of a stack -> its scope
 
     def sorted_roles(self) -> dict[str, tuple[Site, ...]]:
-        """Return the roles in a fixed order, their sites in model order."""
-        return {role: in_order(self.tree, self.roles[role]) for role in sorted(self.roles, key=_role_order)}
+        """Return the roles in a fixed order (scope, kind, part), their sites in model order."""
+        scopes = list(dict.fromkeys(self._scopes.values()))
+
+        def place(role: str) -> tuple[int, int, int, str]:
+            parts = role.split(".")
+            start = next((i for i, part in enumerate(parts) if part in LOCAL_ROLES), 0)
+            scope, local, part = ".".join(parts[:start]), parts[start], parts[-1]
+            return (
+                scopes.index(scope) if scope in scopes else len(scopes),
+                LOCAL_ROLES.index(local) if local in LOCAL_ROLES else len(LOCAL_ROLES),
+                PART_ORDER.index(part) if part in PART_ORDER else len(PART_ORDER),
+                role,
+            )
+
+        return {role: in_order(self.tree, self.roles[role]) for role in sorted(self.roles, key=place)}
 
     # Whole models
 
@@ -93,7 +102,7 @@ class AnatomyBuilder:
         Raises:
             TargetError: None of its stacks is in the model.
         """
-        roots = self.tree.hf_roots[:1] or ("",)
+        roots = self.tree.hf_roots if len(self.tree.hf_roots) == 1 else ("",)
         if not self._add_family(roots[0], family, ""):
             wanted = ", ".join(repr(join(s.path, s.blocks)) for s in family.stacks) or ", ".join(family.parts.values())
             raise TargetError(
@@ -182,7 +191,7 @@ class AnatomyBuilder:
         self.ports["body"].append(BodyPort(path=path, scope=scope, blocks=blocks, hidden=width))
         self._append(join(scope, "body"), make_site(self.tree.root, path, kind=MODULE, role=join(scope, "body")))
 
-    def add_block_roles(self, block: str, roles: Mapping[str, str | tuple[str, ...]], scope: str) -> None:
+    def add_block_roles(self, block: str, roles: Roles, scope: str) -> None:
         """Add the layers that a block has of ``roles``; an nn.MultiheadAttention expands to its projections."""
         for role, children in roles.items():
             for child in (children,) if isinstance(children, str) else children:
@@ -269,9 +278,7 @@ class AnatomyBuilder:
                 value = module._parameters.get(tensor)
                 if value is not None and value.dim() == 3 and value.is_floating_point():
                     role = f"experts.{part}"
-                    self._append(
-                        role, make_site(self.tree.root, path, kind=kind, tensor=tensor, member=part, role=role)
-                    )
+                    self._append(role, make_site(self.tree.root, path, kind=kind, tensor=tensor, member=part, role=role))
 
     # Cross attention
 
@@ -289,7 +296,8 @@ class AnatomyBuilder:
         )
         for block in blocks:
             for top in self._cross_modules(block, stack):
-                self.bypasses.update({path: reason for path, _ in self.tree.below(top)})
+                # BART's encoder_attn has its encoder_attn_layer_norm beside it.
+                self.bypasses.update({path: reason for path, _ in self.tree.below(block) if path.startswith(top)})
 
 
 def _reads_encoder(config: object) -> bool:
@@ -325,5 +333,3 @@ def _bypasses(tree: ModuleTree) -> Iterable[tuple[str, str]]:
             # Where `embed_tokens` is the same object it is an alias of `shared`, and `shared` does run.
             yield shared, "the encoder and decoder embed through their own embed_tokens; adapt encoder.embed_tokens or " \
                 "decoder.embed_tokens"  # fmt: skip
-
-

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.errors import UnsupportedLayerError
 from lightning_peft.nn.adapter import AdapterModule, BuildContext, MergeableModule
@@ -70,8 +70,18 @@ class SiteEdit(Edit):
 
     def _build(self, surgery: Surgery) -> tuple[nn.Module, AdapterModule]:
         module = self.site.module(surgery.root)
-        weight = functools.partial(self.site.weight, module)
+        weight = functools.partial(_loaded_weight, self.site, module)
         return module, self.build(surgery.context(self.site.path, self.site.spec, weight, self.place, self.label))
+
+
+def _loaded_weight(site: Site, module: nn.Module) -> Tensor:
+    weight = site.weight(module)
+    if weight.is_meta:
+        raise UnsupportedLayerError(
+            f"'{site.key}' is on the meta device, and this initialisation reads the base weight. Load the weights before injecting, "
+            "or choose an initialisation that needs none."
+        )
+    return weight
 
 
 @dataclass(frozen=True)

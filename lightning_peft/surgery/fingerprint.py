@@ -10,7 +10,7 @@ import collections
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ def fingerprint(root: nn.Module) -> Fingerprint:
     seen: set[int] = set()
     for name, module, attribute, tensor in _base_tensors(root):
         shape = _logical_shape(module, attribute, tensor)
-        lines.append(f"{name} {'x'.join(map(str, shape))}")
-        if id(tensor) not in seen and math.prod(shape):
+        lines.append(f"{name} {'x'.join(map(str, shape)) or 'scalar'}")
+        if id(tensor) not in seen and tensor.numel():
             seen.add(id(tensor))
             samples[len(shape) > 1 and min(shape[-2:]) > 1].append((stable_seed("fingerprint", name), name, module, attribute))
     chosen = sorted(samples[True])[:MATRICES] + sorted(samples[False])[:VECTORS]
@@ -105,12 +105,13 @@ def compare_fingerprints(
     compared, differing = 0, []
     for name in free:
         verdict = _same_values(saved["values"][name], current["values"][name])
-        compared += verdict is not None
+        # Equal numbers all over (a fresh norm's 1, a fresh bias's 0) agree in any model.
+        compared += verdict is not None and len(set(saved["values"][name]["entries"])) > 1
         if verdict is False:
             differing.append(name)
     if differing:
         return (
-            f"the weights are other ones: {len(differing)} of {compared} sampled tensors differ, such as "
+            f"the weights are other ones: {len(differing)} of {len(free)} sampled tensors differ, such as "
             f"{', '.join(repr(n) for n in differing[:3])}"
         )
     return None if compared else UNCHECKED
@@ -153,8 +154,7 @@ def _logical_shape(module: nn.Module, attribute: str, tensor: Tensor) -> tuple[i
 
 def _sample(name: str, module: nn.Module, attribute: str) -> dict[str, Any]:
     """Return 8 entries, the same ones for every storage of the tensor."""
-    tensor: Tensor = getattr(module, attribute).detach()
-    shape = _logical_shape(module, attribute, tensor)
+    shape = _logical_shape(module, attribute, getattr(module, attribute)) or (1,)
     total = math.prod(shape)
     flat = torch.tensor([stable_seed("entry", name, i) % total for i in range(min(ENTRIES, total))])
     stored, dense = _dense(module, attribute)
@@ -163,6 +163,7 @@ def _sample(name: str, module: nn.Module, attribute: str) -> dict[str, Any]:
     kind = layer_kind(module) if attribute == "weight" else None
     if isinstance(kind, LinearKind):
         dense = kind.canonical(dense)
+    dense = dense if dense.dim() else dense[None]
     return {"stored": stored, "entries": _entries(dense, torch.stack(torch.unravel_index(flat, shape)))}
 
 
@@ -178,6 +179,10 @@ def _dense(module: nn.Module, attribute: str) -> tuple[str, Tensor | None]:
 
         return str(state.quant_type), dequantize_4bit(tensor.detach(), state)
     stored = str(tensor.dtype).removeprefix("torch.")
+    # bitsandbytes' int8: codes and a scale per row, which the first forward moves from the weight to the layer.
+    scale = next((s for o in (tensor, getattr(module, "state", None)) if (s := getattr(o, "SCB", None)) is not None), None)
+    if tensor.dtype == torch.int8 and isinstance(scale, Tensor) and not tensor.is_meta:
+        return stored, tensor.detach() * (scale[:, None] / 127)
     return stored, tensor.detach() if tensor.is_floating_point() and not tensor.is_meta else None
 
 
@@ -200,14 +205,13 @@ def _entries(tensor: Tensor, places: Tensor) -> list[float | None]:
 
 def _same_values(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool | None:
     """Return whether two samples of one tensor agree; None when no entry is known on both sides."""
-    pairs = [
-        (a, b) for a, b in zip(saved["entries"], current["entries"], strict=True) if a is not None and b is not None
-    ]
+    entries: Iterable[tuple[float | None, float | None]] = zip(saved["entries"], current["entries"], strict=False)
+    pairs = [(a, b) for a, b in entries if a is not None and b is not None]
     if not pairs:
         return None
     if saved["stored"] in DENSE and current["stored"] in DENSE:
-        different = sum(not abs(a - b) <= FLOAT_TOLERANCE * max(abs(a), abs(b)) + TINY for a, b in pairs)
+        different = sum(not abs(a - b) <= FLOAT_TOLERANCE * min(abs(a), abs(b)) + TINY for a, b in pairs)
         # A few rows may differ legally: those that a resize of the vocabulary filled at random.
         return 4 * different <= len(pairs)
     error = sum((a - b) ** 2 for a, b in pairs)
-    return error <= QUANTIZED_TOLERANCE * sum(a * a + b * b for a, b in pairs)
+    return error <= QUANTIZED_TOLERANCE * sum(a * a + b * b for a, b in pairs) < math.inf

@@ -64,6 +64,7 @@ class Handle:
         self.entries: list[Entry] = []
         self.merged = False
         self.checked = False
+        self._disabled = False
         self.shared: dict[str, nn.Module] = {}
         self.base_fingerprint: dict[str, Any] | None = None
         self._originals: dict[str, Tensor] = {}
@@ -153,16 +154,20 @@ class Handle:
             MergeError: The adapter is merged: its effect is in the weights.
         """
         self._forbid_merged("disabled()")
-        entries = [e for e in self.entries if e.enabled]
-        for entry in entries:
+        if self._disabled:  # an inner context changes nothing, and leaves the outer one to give the adapter back
+            yield
+            return
+        self._disabled = True
+        for entry in self.entries:
             entry.enabled = False
         self._swap_originals()
         try:
             yield
         finally:
             self._swap_originals()
-            for entry in entries:
+            for entry in self.entries:
                 entry.enabled = True
+            self._disabled = False
 
     def _swap_originals(self) -> None:
         for slot in self.slots:
@@ -197,6 +202,8 @@ class Handle:
             if stored is None or (untie and self._tied(stored)):
                 new = nn.Parameter(value.clone(), requires_grad=False)
                 setattr(holder, attribute, new)
+                if exact and stored is not None:
+                    self._backups.append((new, stored.detach().clone()))
                 continue
             if exact:
                 self._backups.append((stored, stored.detach().clone()))
@@ -329,6 +336,8 @@ class Handle:
 
         After :meth:`merge` the merged weights stay, so ``merge(); remove()`` leaves a plain fine-tuned model.
         """
+        if not self._restore:
+            return  # already removed; what it claimed may by now be trained by somebody else
         if not self.merged:
             for slot in self.slots:
                 if slot.claimed:

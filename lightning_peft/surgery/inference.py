@@ -9,13 +9,14 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.surgery.builder import AnatomyBuilder, output_embeddings
+from lightning_peft.surgery.families import Roles
 from lightning_peft.surgery.layers import EMBEDDING, LinearKind, layer_kind
 from lightning_peft.surgery.ports import attention_ports
 from lightning_peft.surgery.tree import ModuleTree, join
 
 # Children of torch's own layers; their linear layers have fixed meanings.
-TORCH_ENCODER = {"attention": "self_attn", "mlp.up": "linear1", "mlp.down": "linear2"}
-TORCH_DECODER = {**TORCH_ENCODER, "cross_attention": "multihead_attn"}
+TORCH_ENCODER: Roles = {"attention": "self_attn", "mlp.up": "linear1", "mlp.down": "linear2"}
+TORCH_DECODER: Roles = {**TORCH_ENCODER, "cross_attention": "multihead_attn"}
 
 # Sibling sets of projection names: a set counts only if query, key and value stand side by side.
 ATTENTION_NAMES = (
@@ -68,8 +69,7 @@ def add_torch_layers(builder: AnatomyBuilder) -> bool:
     """Add blocks and roles of nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, scoped if the model has both."""
     kinds = (("encoder", nn.TransformerEncoderLayer, TORCH_ENCODER), ("decoder", nn.TransformerDecoderLayer, TORCH_DECODER))
     found = {
-        scope: tuple(path for path, module in builder.tree.modules.items() if isinstance(module, cls))
-        for scope, cls, _ in kinds
+        scope: tuple(path for path, module in builder.tree.modules.items() if isinstance(module, cls)) for scope, cls, _ in kinds
     }
     for scope, _, roles in kinds:
         prefix = scope if all(found.values()) else ""

@@ -87,7 +87,7 @@ class Surgery:
         parents += [self.root] if path else []
         if any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
             hook = module.register_forward_pre_hook(noop_pre_hook)
-            stack._on_close.append(functools.partial(module._forward_pre_hooks.pop, hook.id, None))
+            stack._on_close.append(functools.partial(_drop_pre_hook, module, hook.id))
         for parent in parents:
             if isinstance(parent, nn.TransformerEncoder):
                 parent.__dict__.setdefault(_NESTED, parent.use_nested_tensor)
@@ -177,6 +177,11 @@ def _close(module: nn.Module) -> None:
         module.forward = stack._inner
     for step in stack._on_close:
         step()
+
+
+def _drop_pre_hook(module: nn.Module, key: int) -> None:
+    # A function of the module: a bound `dict.pop` would not be copied by deepcopy, and the copy would unhook the original.
+    module._forward_pre_hooks.pop(key, None)
 
 
 def _restore_nested_tensor(encoder: nn.TransformerEncoder) -> None:

@@ -37,8 +37,9 @@ class EmbeddingsPort(Port):
         hidden: Width of ``inputs_embeds`` (ELECTRA's is smaller than its hidden states).
         causal: Position i sees positions up to i only.
         positions: How the stack knows positions.
-        max_positions: Longest sequence that a table of learned positions allows; None without one.
-        pooler: A module inside reads position 0 of the output.
+        max_positions: Longest sequence that absolute positions allow; None without them.
+        pooler: Path of a module inside that reads position 0 of the output, or None.
+        padding_position: RoBERTa's way to count: padding has this position, the first token the next one. Else None.
     """
 
     name: ClassVar[str] = "embeddings"
@@ -47,7 +48,8 @@ class EmbeddingsPort(Port):
     causal: bool
     positions: Positions
     max_positions: int | None
-    pooler: bool
+    pooler: str | None = None
+    padding_position: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,21 +113,12 @@ def hidden_width(module: nn.Module, config: object) -> int | None:
 
 
 def uses_attention_interface(module: nn.Module) -> bool:
-    """Return whether a method of the module's class looks attention functions up in transformers' registry."""
-    for cls in type(module).__mro__:
-        if cls is nn.Module:
-            return False
-        for value in vars(cls).values():
-            code = getattr(_unwrapped(value), "__code__", None)
-            if code is not None and ATTENTION_INTERFACE in code.co_names:
-                return True
-    return False
-
-
-def _unwrapped(function: object) -> object:
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function
+    """Return whether the forward of the module's class looks its attention function up in transformers' registry."""
+    forward: object = type(module).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    code = getattr(forward, "__code__", None)
+    return code is not None and ATTENTION_INTERFACE in code.co_names
 
 
 def attention_ports(
@@ -173,11 +166,12 @@ def embeddings_port(tree: ModuleTree, at: str, stack: Stack, scope: str, config:
     if not isinstance(width, int):
         return None
     causal = bool(getattr(config, stack.causal, False)) if isinstance(stack.causal, str) else stack.causal
-    limit = first_int((config,), ("max_position_embeddings",)) if stack.positions == "learned" else None
+    limit = first_int((config,), ("max_position_embeddings",)) if stack.positions == "absolute" else None
     learned = next((m for p, m in tree.below(at) if p.endswith("position_embeddings")), None)
-    padding = getattr(learned, "padding_idx", None)
-    if limit is not None and isinstance(padding, int) and padding > 0:
+    padding: int | None = getattr(learned, "padding_idx", None)
+    if limit is not None and padding is not None:
         limit -= padding + 1  # RoBERTa counts positions from padding_idx + 1 on
+    pooler = join(at, stack.pooler or "")
     return EmbeddingsPort(
         path=at,
         scope=scope,
@@ -186,5 +180,6 @@ def embeddings_port(tree: ModuleTree, at: str, stack: Stack, scope: str, config:
         causal=causal,
         positions=stack.positions,
         max_positions=limit,
-        pooler=stack.pooler is not None and join(at, stack.pooler) in tree,
+        pooler=pooler if stack.pooler is not None and pooler in tree else None,
+        padding_position=padding,
     )

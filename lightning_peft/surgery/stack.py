@@ -124,6 +124,10 @@ class AdapterStack(nn.Module):
         self._inner: Call | None = module.__dict__.get("forward")
         self._on_close: list[Callable[[], object]] = []
 
+    def forward(self, x: Any) -> Any:
+        """Return ``x``: an adapted root that is an nn.Sequential runs all its children, this one last."""
+        return x
+
     def add(self, entry: Entry) -> None:
         """Append an adapter; it nests outside those installed before."""
         self.register(entry.name, entry.member, entry.adapter)

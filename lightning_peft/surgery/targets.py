@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from torch import nn
 from lightning_peft.errors import ConfigError, TargetError, UnsupportedLayerError, did_you_mean
 from lightning_peft.nn.adapter import LayerKindName
 from lightning_peft.surgery.anatomy import Anatomy
-from lightning_peft.surgery.builder import in_order
+from lightning_peft.surgery.builder import in_order, spellings
 from lightning_peft.surgery.layers import CONTAINERS, MODULE, LinearKind, layer_kind
 from lightning_peft.surgery.sites import Site, attention_sites, make_site
 from lightning_peft.surgery.tree import join
@@ -34,7 +34,8 @@ class Targets:
     whole paths (``*.layers.0.*``, ``*`` also crosses dots); ``re:`` and a regular expression that matches the whole path.
 
     ``"all-linear"`` is every linear layer (HF's fused Conv1D included) of the base model: not the head, not routers, not the
-    children of an nn.MultiheadAttention, not routed experts, and not layers known never to run.
+    children of an nn.MultiheadAttention, not routed experts, and not layers known never to run. Layers under layer-drop are in:
+    they run in some steps.
 
     Args:
         include: Patterns.
@@ -51,7 +52,7 @@ class Targets:
         object.__setattr__(self, "exclude", _strings(self.exclude, "exclude"))
         object.__setattr__(self, "layers", None if self.layers is None else _numbers(self.layers))
         if not self.include:
-            raise ConfigError("Targets: `include` is empty; name a role, a module, a pattern or \"all-linear\".")
+            raise ConfigError('Targets: `include` is empty; name a role, a module, a pattern or "all-linear".')
 
     @classmethod
     def parse(cls, value: Targets | str | Sequence[str] | Mapping[str, Any] | None) -> Targets | None:
@@ -72,7 +73,7 @@ class Targets:
                         f"Targets: unknown field '{key}'.{did_you_mean(str(key), names)} Fields: {', '.join(names)}."
                     )
             if "include" not in value:
-                raise ConfigError("Targets: `include` is missing; name a role, a module, a pattern or \"all-linear\".")
+                raise ConfigError('Targets: `include` is missing; name a role, a module, a pattern or "all-linear".')
             return cls(**value)
         return cls(include=_strings(value, "targets"))
 
@@ -98,8 +99,10 @@ class Targets:
             raise TargetError(f"{self} excludes all that it includes; nothing is left to adapt.")
         if self.layers is not None:
             found = self._in_layers(anatomy, found)
-        whole = {(site.path, site.tensor) for site in found if site.rows is None}
-        kept = (site for site in found if site.rows is None or (site.path, site.tensor) not in whole)
+        # One weight reached under several names (a role and a path) is one site; the one that knows its role stays.
+        unique = {(site.path, site.tensor, site.rows): site for site in sorted(found, key=lambda site: site.role or "")}
+        whole = {(site.path, site.tensor) for site in unique.values() if site.rows is None}
+        kept = (site for site in unique.values() if site.rows is None or (site.path, site.tensor) not in whole)
         return in_order(anatomy.tree, kept)
 
     def _in_layers(self, anatomy: Anatomy, sites: set[Site]) -> set[Site]:
@@ -152,7 +155,7 @@ class Matcher:
             return self._of_role(pattern, roles, kinds)
         tensors = tuple(self._tensors(pattern))
         if tensors:
-            return self._allowed(pattern, tensors, kinds)
+            return self._allowed(pattern, tensors, kinds, outright=True)
         paths = self._matches(pattern)
         if not paths:
             raise self._no_match(pattern)
@@ -199,7 +202,7 @@ class Matcher:
 
     def _all_linear(self, kinds: Kinds) -> tuple[Site, ...]:
         anatomy = self.anatomy
-        heads = {site.path for role, sites in anatomy.roles.items() if role.endswith("head") for site in sites}
+        heads = {site.path for role, sites in anatomy.roles.items() if "head" in spellings(role) for site in sites}
         found = tuple(
             self._whole(path)
             for path, module in anatomy.tree.modules.items()
@@ -210,8 +213,8 @@ class Matcher:
             and "experts" not in path.split(".")[:-1]
         )
         if not found:
-            raise TargetError(f"\"{ALL_LINEAR}\": {type(anatomy.root).__name__} has no linear layer beside its head.")
-        return self._allowed(ALL_LINEAR, found, kinds)
+            raise TargetError(f'"{ALL_LINEAR}": {type(anatomy.root).__name__} has no linear layer beside its head.')
+        return self._allowed(ALL_LINEAR, found, kinds, outright=False)
 
     def _is_router(self, path: str) -> bool:
         owner, _, name = path.rpartition(".")
@@ -220,34 +223,42 @@ class Matcher:
 
     def _of_role(self, pattern: str, roles: tuple[str, ...], kinds: Kinds) -> tuple[Site, ...]:
         sites = tuple(site for role in roles for site in self.anatomy.roles[role])
-        return self._allowed(pattern, sites, kinds)
+        return self._allowed(pattern, sites, kinds, outright=any(pattern in spellings(role) for role in roles))
 
-    def _allowed(self, pattern: str, sites: tuple[Site, ...], kinds: Kinds) -> tuple[Site, ...]:
-        """Keep sites of the kinds; raise if none is left or if the pattern names one role or module outright."""
+    def _allowed(self, pattern: str, sites: tuple[Site, ...], kinds: Kinds, *, outright: bool) -> tuple[Site, ...]:
+        """Keep sites of the kinds; raise if none is left, or if one named outright is not."""
         kept = sites if kinds is None else tuple(site for site in sites if site.spec.kind in kinds)
-        outright = pattern != ALL_LINEAR and len({site.role for site in sites}) == 1
         if not kept or (outright and len(kept) < len(sites)):
             wrong = next(site for site in sites if site not in kept)
             raise UnsupportedLayerError(
                 f"'{pattern}' matches '{wrong.key}' of kind '{wrong.spec.kind}', but this method adapts "
-                f"{', '.join(sorted(kinds or ()))} layers. Target another layer."
+                f"{', '.join(sorted(kinds or ())) or 'no'} layers. Target another layer."
             )
         return kept
 
-    def _of_broad(self, pattern: str, paths: Iterable[str], kinds: Kinds) -> tuple[Site, ...]:
+    def _of_attention(self, path: str) -> tuple[Site, ...]:
+        """Return the weights of an nn.MultiheadAttention at ``path``, or the one that a child of it stands for."""
+        if isinstance(self.anatomy.tree[path], nn.MultiheadAttention):
+            return attention_sites(self.anatomy.root, path)
+        owner, _, child = path.rpartition(".")
+        if path and isinstance(self.anatomy.tree[owner], nn.MultiheadAttention):
+            return attention_sites(self.anatomy.root, owner, "output" if child == "out_proj" else None)
+        return ()
+
+    def _of_broad(self, pattern: str, paths: Sequence[str], kinds: Kinds) -> tuple[Site, ...]:
         found: list[Site] = []
         for path in paths:
-            module = self.anatomy.tree[path]
-            if layer_kind(module) is not None and self.anatomy.bypassed(path) is None:
-                found.append(self._whole(path))
-            elif isinstance(module, nn.MultiheadAttention):
-                found += attention_sites(self.anatomy.root, path)
-            else:
+            attention = self._of_attention(path)
+            if attention:
+                found += attention
+            elif layer_kind(self.anatomy.tree[path]) is None:
                 found += self.known.get(path, ())
+            elif self.anatomy.bypassed(path) is None:
+                found.append(self._whole(path))
         kept = tuple(site for site in found if kinds is None or site.spec.kind in kinds)
         if not kept:
             raise UnsupportedLayerError(
-                f"'{pattern}' matches {len(list(paths))} modules, but none with a weight that this method can adapt"
+                f"'{pattern}' matches {len(paths)} modules, but none with a weight that this method can adapt"
                 f"{'' if kinds is None else ' (' + ', '.join(sorted(kinds)) + ')'}."
             )
         return kept
@@ -261,26 +272,19 @@ class Matcher:
                 f"'{pattern}' matches '{path}', a {type(module).__name__}. A container is never adapted, since its children run "
                 f"in its place; target its children, for example {children or 'another module'}."
             )
-        owner, _, child = path.rpartition(".")
-        if path and isinstance(anatomy.tree[owner], nn.MultiheadAttention):
-            sites = attention_sites(anatomy.root, owner, "output" if child == "out_proj" else None)
-            return self._allowed(pattern, sites, kinds)
+        if kinds is not None and "module" in kinds:
+            as_layer = layer_kind(module) is not None and self._whole(path).spec.kind in kinds
+            if not as_layer and anatomy.bypassed(path) is None:
+                return (make_site(anatomy.root, path, kind=MODULE),)
+        attention = self._of_attention(path)
+        if attention:
+            return self._allowed(pattern, attention, kinds, outright=True)
         reason = anatomy.bypassed(path)
         if reason is not None:
             raise TargetError(f"'{pattern}' matches '{path}', whose forward never runs: {reason}.")
-        kind = layer_kind(module)
-        if kind is not None and (kinds is None or "module" not in kinds):
-            return self._allowed(pattern, (self._whole(path),), kinds)
-        if kinds is not None and "module" in kinds:
-            whole = self._whole(path) if kind is not None else None
-            if whole is not None and whole.spec.kind in kinds:
-                return (whole,)
-            return (make_site(anatomy.root, path, kind=MODULE),)
-        if isinstance(module, nn.MultiheadAttention):
-            return self._allowed(pattern, attention_sites(anatomy.root, path), kinds)
-        if path in self.known:
-            return self._allowed(pattern, tuple(self.known[path]), kinds)
-        return (make_site(anatomy.root, path),)  # raises, naming the children
+        # Expert stacks have no `weight`; make_site raises for what has none at all, naming its children.
+        sites = (self._whole(path),) if layer_kind(module) is not None else tuple(self.known.get(path, ()))
+        return self._allowed(pattern, sites or (make_site(anatomy.root, path),), kinds, outright=True)
 
     def _whole(self, path: str) -> Site:
         """Return the site of a module's whole weight, with its role if it has one."""
@@ -290,7 +294,7 @@ class Matcher:
     def _no_match(self, pattern: str) -> TargetError:
         tree, roles = self.anatomy.tree, self.anatomy.roles
         leaves = dict.fromkeys(path.rpartition(".")[2] for path in tree.modules if path)
-        options = [*dict.fromkeys(s for role in roles for s in (role,)), *(n for n in leaves if not n.isdigit()), ALL_LINEAR]
+        options = [*roles, *(leaf for leaf in leaves if not leaf.isdigit()), ALL_LINEAR]
         near = did_you_mean(pattern, options) or did_you_mean(pattern, [name for _, name in self.names])
         return TargetError(
             f"'{pattern}' matches no role and no module of {type(self.anatomy.root).__name__} ({self.anatomy.family}).{near} "
@@ -303,7 +307,7 @@ def is_broad(pattern: str) -> bool:
     return pattern.startswith(REGEX) or any(sign in pattern for sign in "*?")
 
 
-def _path_test(pattern: str) -> Any:
+def _path_test(pattern: str) -> Callable[[str], object]:
     if pattern.startswith(REGEX):
         try:
             return re.compile(pattern.removeprefix(REGEX)).fullmatch
@@ -348,14 +352,13 @@ def _strings(value: object, name: str) -> tuple[str, ...]:
 def _numbers(value: object) -> tuple[int, ...]:
     """Return layer numbers from integers and inclusive ranges: ``[0, "4-7"]``."""
     values = (value,) if isinstance(value, (int, str)) else value
+    items = list(values) if isinstance(values, (list, tuple, range)) else [None]
     numbers: set[int] = set()
-    for item in values if isinstance(values, (list, tuple, range)) else (None,):
+    for item in items:
         match = re.fullmatch(r"(\d+)-(\d+)", item) if isinstance(item, str) else None
-        if match:
-            first, last = int(match[1]), int(match[2])
-            numbers.update(range(first, last + 1))
-        elif type(item) is int and item >= 0:
-            numbers.add(item)
-        if not numbers or (match is None and item not in numbers):
-            raise ConfigError(f"Targets: `layers` takes numbers from 0 and ranges such as \"4-7\", got {value!r}.")
+        one = range(item, item + 1) if type(item) is int and item >= 0 else range(0)
+        chosen = range(int(match[1]), int(match[2]) + 1) if match else one
+        if not chosen:
+            raise ConfigError(f'Targets: `layers` takes numbers from 0 and ranges such as "4-7", got {value!r}.')
+        numbers.update(chosen)
     return tuple(sorted(numbers))

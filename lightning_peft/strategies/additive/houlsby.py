@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, UnsupportedLayerError
 from lightning_peft.nn.bottleneck import Activation, BottleneckAdapter, BottleneckInit
 from lightning_peft.strategies.registry import register
 from lightning_peft.strategies.strategy import PEFTStrategy, require
@@ -52,6 +52,10 @@ class HoulsbyAdapter(PEFTStrategy):
         require(self.width is None or self.width >= 1, self, "width", "it must be at least 1")
         require(self.reduction_factor >= 1, self, "reduction_factor", "it must be at least 1")
 
+    @property
+    def identity_at_init(self) -> bool:
+        return self.init == "identity"
+
     def plan(self, anatomy: Anatomy) -> Plan:
         edits: list[Edit] = [self._edit(site) for site in self.sites(anatomy)]
         if self.train_norms:
@@ -65,7 +69,8 @@ class HoulsbyAdapter(PEFTStrategy):
         if not 1 <= width <= d:
             raise ConfigError(f"HoulsbyAdapter: width {width} at '{site.key}' (d = {d}) must lie between 1 and d.")
         if not site.spec.has_input:
-            # The output projection of an nn.MultiheadAttention has no forward of its own; a series adapter could only sit on
-            # the attention module's output, which is the same tensor.
-            raise ConfigError(f"HoulsbyAdapter: '{site.key}' is read inside another forward; target the attention module itself.")
+            raise UnsupportedLayerError(
+                f"HoulsbyAdapter: '{site.key}' is read inside another module's forward, so there is no output to adapt. Set targets "
+                "to layers that run themselves, such as mlp.down."
+            )
         return Attach(site, functools.partial(BottleneckAdapter, width=width, activation=self.activation, init=self.init))

@@ -1,1 +1,3 @@
-"""Methods that change how the network is run."""
+"""Methods that change how the model runs."""
+
+from lightning_peft.strategies.architectural.ladder_side_tuning import LadderSideTuning as LadderSideTuning

@@ -21,6 +21,7 @@ from lightning_peft.surgery.handle import Handle, Slot
     family="hybrid",
     summary="Installs several strategies side by side as one adapter.",
     paper="the combination used by MAM, arXiv 2110.04366, and UniPELT, arXiv 2110.07577",
+    mergeable=True,
     example={"parts": [{"class_path": "LoRA", "init_args": {"rank": 2}}, {"class_path": "BitFit"}]},
 )
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,14 @@ class Compose(PEFTStrategy):
     def strategies(self) -> tuple[PEFTStrategy, ...]:
         """The resolved parts."""
         return self.parts  # type: ignore[return-value]
+
+    @property
+    def mergeable(self) -> bool:
+        return all(part.mergeable for part in self.strategies)
+
+    @property
+    def identity_at_init(self) -> bool:
+        return all(part.identity_at_init for part in self.strategies)
 
     def plan(self, anatomy: Anatomy) -> Plan:
         edits: list[Edit] = []

@@ -64,6 +64,10 @@ class LoRA(PEFTStrategy):
         require(all(r >= 1 for r in self.rank_per_target.values()), self, "rank_per_target", "each rank must be at least 1")
         require(all(a > 0 for a in self.alpha_per_target.values()), self, "alpha_per_target", "each alpha must be positive")
 
+    @property
+    def identity_at_init(self) -> bool:
+        return self.init != "pissa"  # its two equal products cancel up to rounding
+
     def plan(self, anatomy: Anatomy) -> Plan:
         sites = self.sites(anatomy)
         ranks = values_for(sites, self.rank_per_target, self.rank, anatomy)

@@ -21,6 +21,7 @@ from lightning_peft.surgery.walk import biases
     summary="Trains the bias terms of the base model and nothing else.",
     paper="BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models, arXiv 2106.10199",
     lr=1e-3,
+    mergeable=True,
     layer_kinds=ALL_KINDS,
 )
 @dataclass(frozen=True, kw_only=True)

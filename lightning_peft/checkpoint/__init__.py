@@ -1,0 +1,26 @@
+"""Adapters as data: files of their own, and what lies about them in a Lightning checkpoint. No pickle, no network."""
+
+from lightning_peft.checkpoint.files import AdapterFile, save_adapter, write_adapter
+from lightning_peft.checkpoint.keys import file_keys, live_keys, strip_wrappers
+from lightning_peft.checkpoint.loading import inspect_adapter, load_adapter
+from lightning_peft.checkpoint.manifest import FORMAT, check_base, check_manifest, manifest_of
+from lightning_peft.checkpoint.reading import adapter_of, manifests_of, read_adapter, stamp
+
+__all__ = [
+    "FORMAT",
+    "AdapterFile",
+    "adapter_of",
+    "check_base",
+    "check_manifest",
+    "file_keys",
+    "inspect_adapter",
+    "live_keys",
+    "load_adapter",
+    "manifest_of",
+    "manifests_of",
+    "read_adapter",
+    "save_adapter",
+    "stamp",
+    "strip_wrappers",
+    "write_adapter",
+]

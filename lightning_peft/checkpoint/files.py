@@ -1,0 +1,148 @@
+"""The adapter folder: ``adapter.safetensors`` with the tensors and ``adapter.json``, the manifest; written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_peft.checkpoint.manifest import Manifest, manifest_of
+from lightning_peft.strategies.strategy import PEFTStrategy
+from lightning_peft.surgery.handle import Handle
+
+TENSORS = "adapter.safetensors"
+MANIFEST = "adapter.json"
+EXTRA = "extra/"  # prefix of extra tensors' keys in the tensor file; a module path has no slash
+
+
+class Tokenizer(Protocol):
+    """Anything that writes itself into a folder, as tokenizers and processors of transformers do."""
+
+    def save_pretrained(self, save_directory: str) -> object:
+        """Write all files into the folder."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as read from a file, checked and not yet on a model.
+
+    Args:
+        manifest: See :func:`~lightning_peft.checkpoint.manifest.manifest_of`.
+        strategy: The strategy that made it.
+        state: Tensors by file key, on the CPU.
+        extra_state: Other tensors saved with it, by their key in the user's module.
+    """
+
+    manifest: Manifest
+    strategy: PEFTStrategy
+    state: Mapping[str, Tensor]
+    extra_state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def save_adapter(
+    handle: Handle,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    extra_state: Mapping[str, Tensor] | None = None,
+    root: str = "",
+) -> Path:
+    """Save an adapter into a folder, in place of the one that may lie there.
+
+    All files are written and synced beside their places before the first is moved there. A full disk or an interruption
+    leaves the previous adapter; one between the two moves of a changed adapter leaves a pair that loading refuses.
+
+    Args:
+        handle: The adapter.
+        directory: The folder; made if needed.
+        tokenizer: Saved into the same folder by its own ``save_pretrained``.
+        extra_state: Other trained tensors to keep with the adapter (a task head), by their key in the user's module.
+        root: Path of the adapted root inside the user's module; empty when the adapted root is all there is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MergeError: The adapter is merged: its effect is in the base weights.
+        ConflictError: A module of the adapter was replaced after injection.
+        OSError: The folder cannot be written.
+    """
+    extra = dict(extra_state or {})
+    state = handle.state_dict()
+    manifest = manifest_of(handle, root=root, state=state, extra_state=extra)
+    return write_adapter(AdapterFile(manifest, handle.strategy, state, extra), directory, tokenizer=tokenizer)
+
+
+def write_adapter(
+    adapter: AdapterFile, directory: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None
+) -> Path:
+    """Write an adapter that is not (or no longer) on a model, such as one read from a checkpoint; see :func:`save_adapter`."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
+        _write_tensors(adapter, staging / TENSORS)
+        file = {"name": TENSORS, "sha256": sha256(staging / TENSORS)}
+        text = json.dumps({**adapter.manifest, "file": file}, indent=1, ensure_ascii=False)
+        (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        written = [path for path in staging.rglob("*") if path.is_file()]
+        for path in written:
+            _sync(path)
+        # The manifest comes last: until it lies there, it names the checksum of the tensor file before.
+        for path in sorted(written, key=lambda p: (p.name == MANIFEST, p.name == TENSORS)):
+            target = folder / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        _sync(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_tensors(adapter: AdapterFile, path: Path) -> None:
+    named = {**adapter.state, **{EXTRA + key: tensor for key, tensor in adapter.extra_state.items()}}
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in named.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:  # safetensors stores no views
+            tensor = tensor.clone()
+        seen.add(storage.data_ptr())
+        plain[key] = tensor
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write '{path.parent.parent / path.name}': {error}. The previous adapter there is as it was.") from error
+
+
+def _sync(path: Path) -> None:
+    """Make a file or folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+

@@ -1,0 +1,251 @@
+"""The manifest: everything about an adapter but its numbers, as plain values that JSON and ``weights_only`` loading accept."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.checkpoint.keys import live_keys
+from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError, FormatError, UnknownMethodError, did_you_mean
+from lightning_peft.strategies.registry import get_method, resolve
+from lightning_peft.strategies.strategy import PEFTStrategy
+from lightning_peft.surgery.fingerprint import UNCHECKED, base_fingerprint, compare_fingerprints, fingerprint
+from lightning_peft.surgery.handle import Handle
+
+Manifest = dict[str, Any]
+FORMAT = 1
+UPGRADE = "Upgrade the package: pip install -U lightning-peft."
+
+# Every field and the type of its value. "file" describes the tensor file and is absent in a checkpoint.
+_FIELDS: dict[str, type] = {
+    "format": int,
+    "package_version": str,
+    "name": str,
+    "methods": dict,
+    "strategy": dict,
+    "base": dict,
+    "root": str,
+    "adapter_dtype": str,
+    "tensors": dict,
+    "extra": dict,
+}
+_OPTIONAL: dict[str, type] = {"file": dict}
+_NESTED: dict[str, dict[str, tuple[type, ...]]] = {
+    "base": {"structure": (dict,), "values": (dict, type(None))},
+    "file": {"name": (str,), "sha256": (str,)},
+}
+_TENSOR: dict[str, tuple[type, ...]] = {"shape": (list,), "dtype": (str,), "crc32": (int,)}
+
+
+def manifest_of(
+    handle: Handle,
+    *,
+    root: str = "",
+    state: Mapping[str, Tensor] | None = None,
+    extra_state: Mapping[str, Tensor] | None = None,
+) -> Manifest:
+    """Describe an adapter.
+
+    Args:
+        handle: The adapter.
+        root: Path of the adapted root inside the user's module (``net``); empty when the root itself is the user's module.
+        state: The tensors to describe, by file key, when they are not the live ones (gathered from shards, averaged).
+        extra_state: Other trained tensors that are saved with the adapter, by their key in the user's module.
+
+    Returns:
+        Plain values: ``format``, ``package_version``, ``name``, ``methods`` (name -> version, the parts of a composition too),
+        ``strategy``, ``base`` (see :func:`~lightning_peft.surgery.fingerprint.fingerprint`), ``root``, ``adapter_dtype``, and
+        ``tensors`` and ``extra`` (key -> shape, dtype, crc32).
+
+    Raises:
+        MergeError: The adapter is merged.
+        ConflictError: The handle lost a module, two of its tensors have one key, or ``state`` is not all of them.
+        CompatibilityError: A tensor has no values yet (meta device).
+    """
+    keys = live_keys(handle).keys()  # every tensor is reachable, and has a key of its own
+    tensors = handle.state_dict() if state is None else state
+    if tensors.keys() != keys:
+        wrong = sorted(tensors.keys() ^ keys)
+        raise ConflictError(f"adapter '{handle.name}' owns {len(keys)} tensors, the state given differs by {wrong[:3]}.")
+    strategy = handle.strategy.to_dict(defaults=True)
+    claimed = {slot.key for slot in handle.slots if slot.claimed}
+    dtypes = {t.dtype for key, t in tensors.items() if key not in claimed and t.is_floating_point()}
+    return {
+        "format": FORMAT,
+        "package_version": package_version(),
+        "name": handle.name,
+        "methods": {info.name: info.version for info in map(get_method, _class_paths(strategy))},
+        "strategy": strategy,
+        "base": handle.base_fingerprint or fingerprint(handle.root),
+        "root": root,
+        "adapter_dtype": _dtype_name(dtypes.pop()) if len(dtypes) == 1 else "auto",
+        "tensors": {key: _describe(key, tensor) for key, tensor in tensors.items()},
+        "extra": {key: _describe(key, tensor) for key, tensor in (extra_state or {}).items()},
+    }
+
+
+def check_manifest(manifest: Any, where: str = "the manifest") -> PEFTStrategy:
+    """Check a manifest's form and return its strategy.
+
+    Raises:
+        FormatError: The format or a method's version is newer than this package; a field is unknown, missing or malformed.
+        UnknownMethodError: No registered method has the strategy's name.
+    """
+    if not isinstance(manifest, Mapping) or type(manifest.get("format")) is not int or manifest["format"] < 1:
+        raise FormatError(f"{where} is not an adapter manifest: it has no format number.")
+    if manifest["format"] > FORMAT:
+        raise FormatError(f"{where} has format {manifest['format']}, this package reads up to {FORMAT}. {UPGRADE}")
+    known = _FIELDS | _OPTIONAL
+    for field, value in manifest.items():
+        if field not in known:
+            raise FormatError(f"{where} has the unknown field {field!r}.{did_you_mean(str(field), known)} {UPGRADE}")
+        if type(value) is not known[field]:
+            raise FormatError(f"{where}: field {field!r} is {type(value).__name__}, not {known[field].__name__}.")
+    missing = [field for field in _FIELDS if field not in manifest]
+    if missing:
+        raise FormatError(f"{where} lacks the field {missing[0]!r}; it is damaged.")
+    for field, shape in _NESTED.items():
+        if field in manifest:
+            _check_record(manifest[field], shape, f"{where}: {field}")
+    _check_record(manifest["base"]["structure"], {"hash": (str,), "tensors": (dict,)}, f"{where}: base.structure")
+    for key, record in (manifest["base"]["values"] or {}).items():
+        _check_record(record, {"stored": (str,), "entries": (list,)}, f"{where}: base value {key!r}")
+        if not all(type(entry) in (float, type(None)) for entry in record["entries"]):
+            raise FormatError(f"{where}: base value {key!r} holds something else than numbers. It is damaged.")
+    for key, record in (manifest["tensors"] | manifest["extra"]).items():
+        _check_record(record, _TENSOR, f"{where}: tensor {key!r}")
+    return _strategy(manifest, where)
+
+
+def check_base(model: Handle | nn.Module, manifest: Mapping[str, Any]) -> str | None:
+    """Check that a model is the base that the adapter was made for.
+
+    Args:
+        model: The adapted root, or a handle on it.
+        manifest: A checked manifest.
+
+    Returns:
+        None, or ``"unchecked"``: the structure fits, and the values could not be compared (meta device); tell the user.
+
+    Raises:
+        CompatibilityError: Another structure, or other weights of the same structure.
+    """
+    carried = set(manifest["tensors"]) | {_relative(key, manifest["root"]) for key in manifest["extra"]}
+    reason = compare_fingerprints(manifest["base"], _current(model, carried), carried=carried)
+    if reason in (None, UNCHECKED):
+        return reason
+    raise CompatibilityError(
+        f"adapter '{manifest['name']}' was made for another base model: {reason}. Load the base it was trained on (same name, "
+        "revision and preparation), or train an adapter for this one."
+    )
+
+
+def check_tensors(
+    index: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], where: str
+) -> None:
+    """Check tensors against their records.
+
+    Raises:
+        FormatError: One is missing, not listed, or has another shape, dtype or checksum.
+    """
+    missing, foreign = sorted(index.keys() - tensors.keys()), sorted(tensors.keys() - index.keys())
+    if missing or foreign:
+        raise FormatError(
+            f"{where}: the tensors are not those of the manifest: {missing[:3] or 'none'} missing, {foreign[:3] or 'none'} unknown. "
+            "It is damaged, or was made by something else."
+        )
+    for key, record in index.items():
+        found = _describe(key, tensors[key])
+        for what in ("shape", "dtype", "crc32"):
+            if found[what] != record[what]:
+                raise FormatError(
+                    f"{where}: tensor '{key}' has {what} {found[what]}, the manifest says {record[what]}. The file is corrupted, or "
+                    "was changed; take another copy."
+                )
+
+
+def package_version() -> str:
+    """Return the version of the installed package."""
+    try:
+        return version("lightning-peft")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _current(model: Handle | nn.Module, carried: set[str]) -> dict[str, Any]:
+    if not isinstance(model, Handle):
+        return base_fingerprint(model)
+    known = model.base_fingerprint
+    if known is None or known["values"] is None:
+        # Taken on meta; the weights may be there by now. What the adapter trains is in `carried`, so it may have moved.
+        return fingerprint(model.root)
+    return known
+
+
+def _relative(key: str, root: str) -> str:
+    return key.removeprefix(f"{root}.") if root else key
+
+
+def _describe(key: str, tensor: Tensor) -> dict[str, Any]:
+    if tensor.is_meta:
+        raise CompatibilityError(f"'{key}' has no values yet (meta device). Materialise the model first.")
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return {"shape": list(tensor.shape), "dtype": _dtype_name(tensor.dtype), "crc32": zlib.crc32(raw.data)}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _class_paths(strategy: Any) -> Iterator[str]:
+    """Yield the class path of a strategy given as data and of those inside it."""
+    if isinstance(strategy, Mapping):
+        if "class_path" in strategy:
+            yield strategy["class_path"]
+        strategy = list(strategy.values())
+    if isinstance(strategy, list):
+        for value in strategy:
+            yield from _class_paths(value)
+
+
+def _check_record(record: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
+    if not isinstance(record, Mapping) or record.keys() != fields.keys():
+        found = sorted(record) if isinstance(record, Mapping) else type(record).__name__
+        raise FormatError(f"{where} is {found}, not the fields {sorted(fields)}. It is damaged, or newer: {UPGRADE}")
+    for field, types in fields.items():
+        if type(record[field]) not in types:
+            raise FormatError(f"{where}: field {field!r} is {type(record[field]).__name__}.")
+
+
+def _strategy(manifest: Mapping[str, Any], where: str) -> PEFTStrategy:
+    try:
+        return resolve(_upgraded(manifest["strategy"], manifest["methods"], where))
+    except UnknownMethodError as error:
+        raise UnknownMethodError(f"{where}: {error} Install the package that brings the method, or upgrade this one.") from error
+    except (ConfigError, TypeError) as error:
+        raise FormatError(f"{where}: the strategy cannot be read: {error}") from error
+
+
+def _upgraded(data: Any, versions: Mapping[str, Any], where: str) -> Any:
+    """Return a strategy given as data with every method in its current version."""
+    if isinstance(data, list):
+        return [_upgraded(value, versions, where) for value in data]
+    if not isinstance(data, Mapping):
+        return data
+    data = {key: _upgraded(value, versions, where) for key, value in data.items()}
+    if "class_path" not in data:
+        return data
+    info = get_method(str(data["class_path"]))
+    saved = versions.get(info.name)
+    if type(saved) is not int or saved < 1:
+        raise FormatError(f"{where}: the version of method '{info.name}' is {saved!r}, not a number.")
+    if saved > info.version:
+        raise FormatError(f"{where}: method '{info.name}' has version {saved}, this package knows {info.version}. {UPGRADE}")
+    if saved < info.version:
+        data["init_args"] = info.cls.upgrade(dict(data.get("init_args") or {}), saved)
+    return data

@@ -1,0 +1,183 @@
+"""Load a base model and its tokenizer: by hub name, from a local folder, or from a GGUF file.
+
+The model comes back plain: dense weights, no quantizer attached, in training mode. transformers is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from lightning_peft.errors import CompatibilityError, ConfigError, DependencyError, did_you_mean
+
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+AUTO_CLASSES: dict[str, str] = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "image_classification": "AutoModelForImageClassification",
+}
+"""Task -> class of transformers that makes a model for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSource:
+    """Where a base model comes from and how it is loaded.
+
+    Args:
+        name: Name on the hub, local folder, or path of a ``.gguf`` file, whose weights are unpacked to dense ones.
+        dtype: dtype of the weights; ``auto`` takes that of the checkpoint.
+        attn_implementation: ``sdpa``, ``eager``, ...; None leaves the choice to transformers.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run Python code that comes with the model. Off unless you say so.
+
+    Raises:
+        ConfigError: Unknown dtype.
+    """
+
+    name: str
+    dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.{did_you_mean(str(self.dtype), DTYPES)}")
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file, if ``name`` is one."""
+        path = Path(self.name).expanduser()
+        return path if path.suffix.lower() == ".gguf" else None
+
+    def arguments(self) -> tuple[str, dict[str, Any]]:
+        """Return what ``from_pretrained`` of a tokenizer and of a model both take.
+
+        Raises:
+            ConfigError: The GGUF file does not exist.
+            DependencyError: The package gguf is missing.
+        """
+        kwargs: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.revision is not None:
+            kwargs["revision"] = self.revision
+        if self.gguf is None:
+            return str(Path(self.name).expanduser()) if self.name.startswith("~") else self.name, kwargs
+        if not self.gguf.is_file():
+            raise ConfigError(f"base={self.name!r}: there is no such GGUF file.")
+        if importlib.util.find_spec("gguf") is None:
+            raise DependencyError(f"base={self.name!r} is a GGUF file, which needs the package gguf: pip install gguf")
+        return str(self.gguf.parent), {**kwargs, "gguf_file": self.gguf.name}
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model and what of it is new.
+
+    Args:
+        model: The model, in training mode.
+        new_modules: Paths of the modules that the checkpoint has no weights for, such as a task head; they are initialised at
+            random and must train.
+    """
+
+    model: nn.Module
+    new_modules: tuple[str, ...]
+
+
+def load_tokenizer(source: BaseSource) -> Any:
+    """Return the tokenizer of a base model.
+
+    Raises:
+        ConfigError: There is none under this name.
+        DependencyError: A package is missing.
+    """
+    where, kwargs = source.arguments()
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(where, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"cannot load a tokenizer from {source.name!r}: {_first_line(error)} Give tokenizer= a name, a folder or an object."
+        ) from error
+
+
+def load_model(source: BaseSource, task: str, labels: Sequence[str] | None = None) -> LoadedBase:
+    """Load the model of ``source`` with the head of ``task``.
+
+    Args:
+        source: Where it comes from.
+        task: A key of :data:`AUTO_CLASSES`.
+        labels: Names of the classes. A head of another size is replaced by a new one. None keeps the checkpoint's.
+
+    Raises:
+        ConfigError: There is no such model, or it has no head for this task.
+        CompatibilityError: Weights other than those of a head have the wrong shape.
+        DependencyError: A package is missing.
+    """
+    where, kwargs = source.arguments()
+    transformers = _transformers()
+    kwargs["dtype"] = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+    if source.attn_implementation is not None:
+        kwargs["attn_implementation"] = source.attn_implementation
+    if source.gguf is not None:
+        # The weights unpacked into a plain model; otherwise they may stay in GGUF's blocks.
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if labels is not None:
+        names = dict(enumerate(labels))
+        kwargs |= {"id2label": names, "label2id": {name: i for i, name in names.items()}, "ignore_mismatched_sizes": True}
+    try:
+        model, info = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(where, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot load base={source.name!r} for task {task}: {_first_line(error)}") from error
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    body = getattr(model, "base_model_prefix", "")
+    foreign = sorted(key for key in mismatched if body and key.startswith(body + "."))
+    if foreign:
+        raise CompatibilityError(f"base={source.name!r}: '{foreign[0]}' of the checkpoint has another shape than the model needs.")
+    _forget_quantizer(model)
+    model.train()  # from_pretrained leaves eval mode, in which dropout and activation checkpointing are off
+    return LoadedBase(model, new_modules(model, mismatched | set(info["missing_keys"])))
+
+
+def new_modules(model: nn.Module, keys: set[str]) -> tuple[str, ...]:
+    """Return the paths of the outermost modules of which every parameter is among ``keys``, then of the owners of the rest."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        names = {f"{path}.{name}" for name, _ in module.named_parameters()}
+        if path and names and names <= keys and not any(path.startswith(f"{outer}.") for outer in found):
+            found.append(path)
+    covered = {f"{path}.{name}" for path in found for name, _ in model.get_submodule(path).named_parameters()}
+    rest = {key.rpartition(".")[0] for key in keys - covered if key in dict(model.named_parameters())}
+    return (*found, *sorted(rest - {""}))
+
+
+def _forget_quantizer(model: Any) -> None:
+    """Make a model with unpacked weights say so: transformers still calls one read from GGUF quantized and will not save it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or type(quantizer).__name__ != "GgufHfQuantizer":
+        return
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise DependencyError("a base model given by name needs transformers: pip install 'transformers>=5,<6'") from error
+
+
+def _first_line(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if line.endswith(".") else line + "."

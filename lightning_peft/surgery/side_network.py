@@ -1,0 +1,220 @@
+"""The mechanics of a side network on a body port: the frozen body runs without gradient, a small network reads its blocks.
+
+Two kinds of adapters work together. One on each block writes what flows through the block into the record of the running call; the
+one on the body opens that record, runs the body under ``no_grad``, and gives the record to the network. The record lives in a
+context variable for the length of the call, so nothing of it stays on a module.
+
+Everything inside the body is without gradient: another adapter in there would not train.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.errors import PortError
+from lightning_peft.nn.adapter import BuildContext
+from lightning_peft.surgery.anatomy import Anatomy
+from lightning_peft.surgery.edits import Replace, Tap
+from lightning_peft.surgery.ports import BodyPort, Port
+from lightning_peft.surgery.stack import Call, CallAdapter
+
+Output = Literal["add", "replace"]
+KNOWN_MASKS = ("attention_mask", "mask", "src_mask", "src_key_padding_mask")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What flowed through one block: input and output (B, S, d), and its attention mask as sdpa takes it."""
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor | None
+
+
+_RECORD: ContextVar[dict[int, Rung] | None] = ContextVar("lightning_peft_rungs", default=None)
+
+
+def side_network_edits(
+    anatomy: Anatomy,
+    port: BodyPort,
+    used: tuple[int, ...],
+    build: Callable[[BuildContext], nn.Module],
+    *,
+    output: Output,
+    causal: bool,
+    attends: bool,
+) -> tuple[Tap, ...]:
+    """Return the edits that run a side network beside the body at ``port``.
+
+    Args:
+        anatomy: The model.
+        port: The body.
+        used: Indices of the blocks that the network reads, ascending.
+        build: Returns the network, called with embeddings, block outputs, masks and ``causal``; gives (B, S, d).
+        output: ``add`` its result to the body's output, or ``replace`` that.
+        causal: What the network is told.
+        attends: The network mixes positions, so masks matter to it and a KV cache is refused.
+    """
+    body = anatomy.root.get_submodule(port.path)
+    pooler = getattr(body, "pooler", None)
+    make = functools.partial(
+        _build_body, build=build, output=output, causal=causal, attends=attends, used=used, pooler=pooler, names=_names(body)
+    )
+    taps: list[Tap] = [Replace(port, make)]
+    for index in sorted({0, *used}):
+        path = port.blocks[index]
+        names = _names(anatomy.root.get_submodule(path))
+        taps.append(Tap(Port(path=path, scope=port.scope), functools.partial(_build_rung, index=index, names=names, attends=attends)))
+    return tuple(taps)
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _build_body(context: BuildContext, *, build: Callable[[BuildContext], nn.Module], **options: Any) -> SideBody:
+    return SideBody(build(context), **options)
+
+
+def _build_rung(context: BuildContext, *, index: int, names: tuple[str, ...], attends: bool) -> RungTap:
+    return RungTap(index, names, attends)
+
+
+class RungTap(CallAdapter):
+    """Writes what flows through a block into the record of the running body, if one runs.
+
+    Args:
+        index: Index of the block.
+        names: Parameter names of its forward.
+        attends: The side network needs the block's mask.
+    """
+
+    def __init__(self, index: int, names: tuple[str, ...], attends: bool) -> None:
+        super().__init__()
+        self.index, self.names, self.attends = index, names, attends
+
+    def reset_parameters(self) -> None:
+        """Nothing to do: it has no parameters."""
+
+    def forward(self, base: Call, *args: Any, **kwargs: Any) -> Any:
+        """Run the block."""
+        out = base(*args, **kwargs)
+        record = _RECORD.get()
+        if record is not None:
+            call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            mask = _sdpa_mask(call) if self.attends else None
+            x = next(value for value in call.values() if isinstance(value, Tensor))
+            record[self.index] = Rung(x.detach(), _first_tensor(out).detach(), mask)
+        return out
+
+
+class SideBody(CallAdapter):
+    """Runs the body without gradient and the side network on its record.
+
+    Args:
+        network: The side network.
+        output: ``add`` or ``replace``.
+        causal: Told to the network.
+        attends: The network mixes positions.
+        used: Indices of the blocks that it reads.
+        pooler: A pooler inside the body, which reads the new output instead; held without being registered.
+        names: Parameter names of the body's forward.
+    """
+
+    pooler: nn.Module | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        output: Output,
+        causal: bool,
+        attends: bool,
+        used: tuple[int, ...],
+        pooler: nn.Module | None,
+        names: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.output, self.causal, self.attends, self.used, self.names = output, causal, attends, used, names
+        object.__setattr__(self, "pooler", pooler)
+
+    def reset_parameters(self) -> None:
+        self.network.reset_parameters()  # type: ignore[operator]
+
+    def forward(self, base: Call, *args: Any, **kwargs: Any) -> Any:
+        """Run body and side network.
+
+        Raises:
+            PortError: A KV cache holds earlier positions, which an attending side network does not have; a block did not run.
+        """
+        cache = {**dict(zip(self.names, args, strict=False)), **kwargs}.get("past_key_values")
+        if self.attends and cache is not None and int(cache.get_seq_length()) > 0:
+            raise PortError(
+                "the side network attends over all positions and keeps no cache of its own. Generate with use_cache=False, or build it "
+                "without attention (heads=0)."
+            )
+        record: dict[int, Rung] = {}
+        token = _RECORD.set(record)
+        try:
+            with torch.no_grad():
+                out = base(*args, **kwargs)
+        finally:
+            _RECORD.reset(token)
+        missing = [i for i in {0, *self.used} if i not in record]
+        if missing:
+            raise PortError(f"block {missing[0]} did not run, but the side network reads it. Turn layer drop off, or leave the block out.")
+        rungs = [record[i] for i in self.used]
+        side = self.network(record[0].x, [r.y for r in rungs], [r.mask for r in rungs], self.causal)
+        return self._finish(out, side)
+
+    def _finish(self, out: Any, side: Tensor) -> Any:
+        if isinstance(out, Tensor):
+            return out + side if self.output == "add" else side
+        if isinstance(out, tuple):
+            return (self._finish(out[0], side), *out[1:])
+        out.last_hidden_state = self._finish(out.last_hidden_state, side)
+        if getattr(out, "pooler_output", None) is not None and self.pooler is not None:
+            out.pooler_output = self.pooler(out.last_hidden_state)
+        return out
+
+
+def _first_tensor(out: Any) -> Tensor:
+    value = out if isinstance(out, Tensor) else out[0]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _sdpa_mask(call: Mapping[str, Any]) -> Tensor | None:
+    """Return a block's mask as sdpa takes it: None, or (B or 1, heads or 1, S, S), boolean (True is visible) or additive."""
+    masks = {name: value for name, value in call.items() if "mask" in name and isinstance(value, Tensor)}
+    masks.pop("encoder_attention_mask", None)
+    unknown = [name for name in masks if name not in KNOWN_MASKS]
+    if unknown:
+        raise PortError(f"the side network cannot read the mask '{unknown[0]}' of this block. Build it without attention (heads=0).")
+    found: Tensor | None = None
+    for name, mask in masks.items():
+        if name.startswith("src"):  # torch's own layers: True is hidden
+            if mask.dim() > 2:
+                raise PortError(f"the side network cannot read '{name}' with {mask.dim()} dimensions. Pass (length, length), or set heads=0.")
+            mask = ~mask if mask.dtype == torch.bool else mask
+            shown = mask[:, None, None, :] if name == "src_key_padding_mask" else mask[None, None]
+        else:
+            shown = mask[:, None, None, :].bool() if mask.dim() == 2 else mask
+        found = shown if found is None else _both(found, shown)
+    return found
+
+
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == b.dtype == torch.bool:
+        return a & b
+    additive = [torch.zeros_like(m, dtype=torch.float32).masked_fill(~m, float("-inf")) if m.dtype == torch.bool else m for m in (a, b)]
+    return additive[0] + additive[1]

@@ -1,0 +1,136 @@
+"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` from a YAML, and ``methods``, ``inspect``, ``merge``, ``generate``.
+
+The four Lightning commands are a LightningCLI over :class:`PEFTLightningModule` and :class:`PEFTDataModule`. A mistake in a config
+is one line on stderr and exit status 2, never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_peft.checkpoint import inspect_adapter
+from lightning_peft.errors import PEFTError, did_you_mean
+from lightning_peft.strategies.registry import list_methods, resolve
+from lightning_peft.training.data import PEFTDataModule
+from lightning_peft.training.module import PEFTLightningModule
+from lightning_peft.training.serve import generate_text, merge_adapter
+from lightning_peft.training.table import method_card, methods_table
+
+TRAINER_COMMANDS = {
+    "fit": "train from a config; checkpoints and the adapter folder are written",
+    "validate": "evaluate on the validation data",
+    "test": "evaluate on the test data",
+    "predict": "generate or classify the prediction data",
+}
+
+
+class PEFTCLI(LightningCLI):
+    """LightningCLI over our module and data module.
+
+    The task and the labels are written once, under ``model``, and reach ``data`` by themselves.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, *, run: bool = True, **trainer_defaults: Any) -> None:
+        list_methods()  # third parties' strategies become known class names
+        super().__init__(
+            PEFTLightningModule,
+            PEFTDataModule,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=trainer_defaults or None,
+            seed_everything_default=0,
+            args=list(args) if args is not None else None,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.task", "data.task")
+        parser.link_arguments("model.labels", "data.labels")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        # A misspelt option passes the parser's union of types as a plain mapping; resolve() is what knows names and types.
+        strategy = config.model.strategy
+        resolve(strategy.as_dict() if hasattr(strategy, "as_dict") else strategy)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``lightning-peft``."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    command = args[0] if args else "--help"
+    if not command.startswith("-") and command not in {*TRAINER_COMMANDS, *_COMMANDS}:
+        parser.exit(2, f"lightning-peft: unknown command '{command}'.{did_you_mean(command, [*TRAINER_COMMANDS, *_COMMANDS])}\n")
+    try:
+        if command in TRAINER_COMMANDS:
+            PEFTCLI(args)
+        else:
+            options = parser.parse_args(args or ["--help"])
+            print(_COMMANDS[options.command](options))
+    except PEFTError as error:
+        if os.environ.get("LIGHTNING_PEFT_TRACEBACK"):
+            raise
+        parser.exit(2, f"lightning-peft: {type(error).__name__}: {error}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft", description="Parameter-efficient fine-tuning. `lightning-peft COMMAND --help` explains each command."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in TRAINER_COMMANDS.items():
+        commands.add_parser(name, help=f"{text} (--config FILE)", add_help=False)
+    methods = commands.add_parser("methods", help="list the methods, or show one")
+    methods.add_argument("name", nargs="?", help="a method, such as lora")
+    inspect = commands.add_parser("inspect", help="show what an adapter folder or a checkpoint holds")
+    inspect.add_argument("adapter", help="adapter folder or Lightning .ckpt")
+    merge = commands.add_parser("merge", help="merge an adapter into its base and save a plain transformers model")
+    merge.add_argument("adapter", help="adapter folder or Lightning .ckpt")
+    merge.add_argument("output", help="new folder for the merged model and its tokenizer")
+    merge.add_argument("--base", help="base model; default: the one that the adapter names")
+    generate = commands.add_parser("generate", help="ask the base model with an adapter")
+    generate.add_argument("adapter", help="adapter folder or Lightning .ckpt")
+    generate.add_argument("text", nargs="+", help="one or more texts; each is put into the prompt the adapter was trained with")
+    generate.add_argument("--base", help="base model; default: the one that the adapter names")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
+    generate.add_argument("--temperature", type=float, default=1.0, help="with --sample")
+    generate.add_argument("--seed", type=int, default=0, help="with --sample")
+    generate.add_argument("--raw", action="store_true", help="take the text as the whole prompt")
+    return parser
+
+
+def _methods(options: argparse.Namespace) -> str:
+    return method_card(options.name) if options.name else methods_table()
+
+
+def _inspect(options: argparse.Namespace) -> str:
+    return inspect_adapter(options.adapter)
+
+
+def _merge(options: argparse.Namespace) -> str:
+    return f"merged model: {merge_adapter(options.adapter, options.output, base=options.base)}"
+
+
+def _generate(options: argparse.Namespace) -> str:
+    answers = generate_text(
+        options.adapter,
+        options.text,
+        base=options.base,
+        raw=options.raw,
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.sample,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    return "\n".join(answers)
+
+
+_COMMANDS = {"methods": _methods, "inspect": _inspect, "merge": _merge, "generate": _generate}

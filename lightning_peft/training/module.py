@@ -1,0 +1,393 @@
+"""``PEFTLightningModule``: a base model, a strategy and a task as one LightningModule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MetricCollection
+
+from lightning_peft.errors import ConfigError, did_you_mean
+from lightning_peft.loading.base import BaseSource, Dtype, load_model, load_tokenizer
+from lightning_peft.strategies.install import inject
+from lightning_peft.strategies.registry import resolve
+from lightning_peft.strategies.strategy import PEFTStrategy
+from lightning_peft.surgery.anatomy import anatomy_of
+from lightning_peft.surgery.handle import Handle, handles
+from lightning_peft.training.adapted_root import find_extras, train_whole
+from lightning_peft.training.callback import PEFTCallback
+from lightning_peft.training.generation import answer_scores, generate, matched
+from lightning_peft.training.losses import LossWindow, summed_loss
+from lightning_peft.training.metrics import F1, Accuracy, collection
+from lightning_peft.training.param_groups import far_off, parameter_groups, set_rates, suggestion
+from lightning_peft.training.schedulers import SCHEDULES, ScheduleName, scheduler
+from lightning_peft.training.tasks import TASKS, classify
+from lightning_peft.training.tokens import add_special_tokens, with_new_rows
+from lightning_peft.types import AdapterDtype
+
+TaskName = Literal[
+    "causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification", "image_classification"
+]
+BASE = "base"  # the attribute that holds the base model, which is the adapted root
+
+
+class PEFTLightningModule(pl.LightningModule):
+    """Fine-tune a base model with one PEFT strategy.
+
+    The base is loaded in ``configure_model``, so that making the module is cheap; an ``nn.Module`` is adapted at once. Checkpoints,
+    exports and the checks during training are those of :class:`PEFTCallback`, which the module adds to the Trainer by itself.
+
+    Logged: ``train_loss``; ``val_`` and ``test_`` with ``loss`` and, as the task has them, ``perplexity``, ``accuracy``, ``f1``
+    (of the second of two classes, else macro), ``exact_match``.
+
+    Args:
+        strategy: The PEFT method: a strategy, a name, ``{class_path, init_args}``, or a list, which composes.
+        base: Name on the hub, local folder, GGUF file, or a model.
+        task: What the model is trained for.
+        labels: Names of the classes, in the order of their indices; None takes those of the data module, or of the checkpoint.
+        tokenizer: Name, folder or object; None takes the one that comes with a base given by name.
+        dtype: dtype of the base's weights; ``auto`` takes the checkpoint's. Not used for a model.
+        attn_implementation: ``sdpa``, ``eager``, ...; None leaves the choice to transformers. Not used for a model.
+        revision: Branch, tag or commit of base and tokenizer on the hub.
+        trust_remote_code: Run Python code that comes with base or tokenizer.
+        special_tokens: Tokens to add. The embeddings grow, and of them only these tokens' rows train.
+        extra_modules: Parts of the base to train whole and save with the adapter, such as a task head; ``auto`` takes the modules
+            that the checkpoint has no weights for, and of a model given for a classification task its head.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        lr: Learning rate. ``auto`` is the method's own, or that of ``optimizer`` where you give one.
+        weight_decay: For tensors with two or more dimensions; ``auto`` is the method's own.
+        optimizer: Makes the optimizer from parameter groups; None is AdamW.
+        lr_scheduler: ``cosine``, ``linear`` or ``constant`` after the warm-up, a callable that makes a scheduler, or None.
+        warmup: Optimizer steps of linear warm-up, or below 1 a share of all steps. Not used for a callable.
+        lr_scheduler_interval: When a scheduler made by a callable steps.
+        answers: How a generative model is tested where the data has fixed answers: ``score`` takes the answer with the highest mean
+            log-likelihood per token, ``generate`` writes greedily and compares.
+        generation: Arguments of ``generate`` in prediction and testing, such as ``{"max_new_tokens": 64}``.
+        adapter_name: Name of the adapter.
+        adapter_dtype: dtype of the adapter's parameters; ``auto`` is fp32.
+        callback: Further arguments of the :class:`PEFTCallback`, such as ``{"merge_on_end": true}``.
+
+    Raises:
+        ConfigError: An argument is unknown or contradicts another.
+    """
+
+    base: Any  # nn.Module once it is there
+    metrics: nn.ModuleDict
+
+    def __init__(
+        self,
+        strategy: PEFTStrategy | str | dict[str, Any] | list[Any],
+        base: str | nn.Module | None = None,
+        task: TaskName = "causal_lm",
+        *,
+        labels: list[str] | None = None,
+        tokenizer: Any = None,
+        dtype: Dtype = "auto",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        special_tokens: list[str] | None = None,
+        extra_modules: Literal["auto"] | list[str] = "auto",
+        gradient_checkpointing: bool = False,
+        lr: float | Literal["auto"] = "auto",
+        weight_decay: float | Literal["auto"] = "auto",
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | ScheduleName | None = "cosine",
+        warmup: float = 0.05,
+        lr_scheduler_interval: Literal["step", "epoch"] = "step",
+        answers: Literal["score", "generate"] = "score",
+        generation: dict[str, Any] | None = None,
+        adapter_name: str = "default",
+        adapter_dtype: AdapterDtype = "auto",
+        callback: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if task not in TASKS:
+            raise ConfigError(f"task={task!r} is unknown; tasks: {', '.join(TASKS)}.{did_you_mean(str(task), TASKS)}")
+        if base is None:
+            raise ConfigError(
+                "base is missing: a name, a folder, a GGUF file or a model. A checkpoint of a module that was given a model does not "
+                "hold it: load_from_checkpoint(path, base=model)."
+            )
+        if isinstance(lr_scheduler, str) and lr_scheduler not in SCHEDULES:
+            raise ConfigError(f"lr_scheduler={lr_scheduler!r} is not one of {', '.join(SCHEDULES)}.")
+        if answers not in ("score", "generate"):
+            raise ConfigError(f"answers={answers!r} is not one of score, generate.")
+        if isinstance(lr, str) and lr != "auto":
+            raise ConfigError(f"lr={lr!r} is neither a number nor 'auto'.")
+        self.strategy = resolve(strategy)
+        self.task = TASKS[task]
+        self.labels = [str(label) for label in labels] if labels is not None else None
+        self.special_tokens = list(special_tokens or ())
+        self.extra_modules = extra_modules
+        self.gradient_checkpointing = gradient_checkpointing
+        self.lr, self.weight_decay = lr, weight_decay
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.warmup, self.lr_scheduler_interval = warmup, lr_scheduler_interval
+        self.answers, self.generation = answers, dict(generation or {})
+        self.adapter_name, self.adapter_dtype = adapter_name, adapter_dtype
+        self.callback_options = dict(callback or {})
+        self.strict_loading = False  # a checkpoint holds the adapter only; its keys are checked in on_load_checkpoint
+        self.metrics = nn.ModuleDict()
+        self.base = None
+        self.source: BaseSource | None = None
+        if isinstance(base, str):
+            loading = {"dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
+            self.source = BaseSource(name=base, trust_remote_code=trust_remote_code, **loading)  # type: ignore[arg-type]
+        self._tokenizer = tokenizer
+        self._tokenizer_ready = False
+        self._window = LossWindow(self.task.labelled)
+        # Plain data only, which is all that a checkpoint may hold; objects have to be given again to load_from_checkpoint. Under
+        # LightningCLI these are the raw values of the YAML, optimizer and scheduler included.
+        objects = [n for n, v in (("base", base), ("tokenizer", tokenizer)) if v is not None and not isinstance(v, str)]
+        self.save_hyperparameters(ignore=objects)
+        for name in ("optimizer", "lr_scheduler"):
+            if callable(self.hparams.get(name)):
+                del self.hparams[name]
+        if isinstance(self.hparams["strategy"], (PEFTStrategy, list, tuple)):
+            self.hparams["strategy"] = self.strategy.to_dict()
+        if isinstance(base, nn.Module):
+            self.base = base
+            self.configure_model()
+
+    # ---- model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer with the special tokens added, loaded when first asked for; None for a model given without one."""
+        if not self._tokenizer_ready:
+            given = self._tokenizer
+            if isinstance(given, str):
+                trust = bool(self.source and self.source.trust_remote_code)
+                self._tokenizer = load_tokenizer(BaseSource(name=given, trust_remote_code=trust))
+            elif given is None and self.source is not None and self.task.reads_text:
+                self._tokenizer = load_tokenizer(self.source)
+            if self.special_tokens:
+                add_special_tokens(self._tokenizer, self.special_tokens)
+            self._tokenizer_ready = True
+        return self._tokenizer
+
+    @property
+    def handle(self) -> Handle:
+        """The installed adapter.
+
+        Raises:
+            ConfigError: The base is not loaded yet.
+        """
+        found = handles(self.base).get(self.adapter_name) if self.base is not None else None
+        if found is None:
+            raise ConfigError("the adapter is not installed yet: the Trainer does it, or call configure_model().")
+        return found
+
+    def setup(self, stage: str) -> None:
+        """Take the names of the classes from the data module where they were not given."""
+        if self.labels is None and self.task.needs_labels:
+            known = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
+            if known:
+                self.labels = [str(label) for label in known]
+                self.hparams["labels"] = list(self.labels)  # a checkpoint must build the same head
+
+    def configure_model(self) -> None:
+        """Load the base and install the adapter, once."""
+        if self.base is not None and self.adapter_name in handles(self.base):
+            return
+        new: tuple[str, ...] = ()
+        if self.base is None:
+            assert self.source is not None
+            loaded = load_model(self.source, self.task.name, self.labels if self.task.needs_labels else None)
+            self.base, new = loaded.model, loaded.new_modules
+        elif self.task.needs_labels and "head" in (roles := anatomy_of(self.base).roles):
+            new = tuple(site.path for site in roles["head"])
+        self.base.train()  # HF leaves eval mode, in which dropout and activation checkpointing are off
+        self._fit_config()
+        if self.special_tokens:
+            self.strategy = with_new_rows(self.strategy, self.base, self.tokenizer, self.special_tokens)
+        handle = inject(self.base, self.strategy, self.adapter_name, adapter_dtype=self.adapter_dtype)
+        paths = list(new) if self.extra_modules == "auto" else list(self.extra_modules)
+        self.extra_modules = list(find_extras(self, self.base, [f"{BASE}.{p}" if p in new else p for p in paths]))
+        train_whole(handle, [self.get_submodule(path) for path in self.extra_modules])
+        if self.gradient_checkpointing:
+            self._recompute_activations()
+        for split in ("val", "test"):
+            self.metrics[split] = self.task.metrics(len(self.labels or ()))
+
+    def _fit_config(self) -> None:
+        """Read the classes from the base's config where nobody named them; give decoders that classify their pad token."""
+        config = getattr(self.base, "config", None)
+        if self.task.needs_labels and self.labels is None:
+            names = getattr(config, "id2label", None)
+            if not names:
+                raise ConfigError(f"task {self.task.name} needs labels: the names of the classes, in the order of their indices.")
+            self.labels = [str(names[i]) for i in sorted(names)]
+            self.hparams["labels"] = list(self.labels)
+        if config is not None and self.task.name == "sequence_classification" and getattr(config, "pad_token_id", None) is None:
+            tokenizer = self.tokenizer
+            if tokenizer is not None:
+                config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def _recompute_activations(self) -> None:
+        enable = getattr(self.base, "activation_checkpointing_enable", None)
+        if enable is not None:
+            enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            return
+        enable = getattr(self.base, "gradient_checkpointing_enable", None)  # its name before transformers 5.23
+        if enable is None:
+            raise ConfigError(f"gradient_checkpointing: {type(self.base).__name__} has no activation checkpointing of its own.")
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Add the callback that saves, checks and exports the adapter, unless the Trainer has one for it."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PEFTCallback) and callback.name == self.adapter_name:
+                return []
+        return [PEFTCallback(self.strategy, name=self.adapter_name, module=BASE, **self.callback_options)]
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Run the untouched base, bit for bit: ``with module.base_only(): trainer.validate(module, data)``."""
+        self.configure_model()
+        with self.handle.disabled():
+            yield
+
+    def forward(self, **inputs: Any) -> Any:
+        """Call the adapted base model."""
+        return self.base(**inputs)
+
+    # ---- steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the batch's share in the mean loss over all labelled positions of the optimizer step (see ``losses``)."""
+        logits, targets = self.task.score(self.base, batch)
+        total = summed_loss(logits, targets)
+        self.log("train_loss", total.detach() / max(len(targets), 1), prog_bar=True, batch_size=1)
+        return total / self._window.per_batch(self.trainer, batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Score a batch."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score a batch."""
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole epoch."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the whole epoch."""
+        self._log_metrics("test")
+
+    def _evaluate(self, split: str, batch: Any) -> None:
+        logits, targets = self.task.score(self.base, batch)
+        if len(targets):
+            total = summed_loss(logits, targets)
+            self._metrics(split).update(total=total, count=len(targets), preds=logits.argmax(-1), target=targets)
+        rows = self.task.batch(batch) if self.task.generates else {}
+        if "answer_labels" in rows:
+            self._evaluate_answers(split, rows)
+        elif "answers" in rows and self.answers == "generate":
+            self._evaluate_texts(split, rows)
+
+    def _evaluate_answers(self, split: str, batch: Mapping[str, Any]) -> None:
+        """Compare the answer that the model prefers, or writes, with the right one."""
+        target = batch["answer_labels"]
+        if self.answers == "score":
+            preds = answer_scores(self.base, batch).argmax(-1)
+        else:
+            ids, mask = batch["answer_input_ids"][0], batch["answer_attention_mask"][0]
+            rows = [row[real.bool()] for row, real in zip(ids, mask, strict=True)]
+            known = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            longest = {"max_new_tokens": ids.shape[1]}
+            preds = torch.tensor(matched(self._generate(batch, longest), known), device=target.device)
+        real = target >= 0  # a row that only fills up a rank's last batch has no label
+        classes = batch["answer_input_ids"].shape[1]
+        metrics = self._metrics(f"{split}_answers", accuracy=Accuracy, f1=lambda: F1(classes))
+        metrics.update(preds=preds[real], target=target[real])
+
+    def _evaluate_texts(self, split: str, batch: Mapping[str, Any]) -> None:
+        """Compare free texts with the expected ones, white space at the ends aside."""
+        texts = self._generate(batch, {})
+        right = [a.strip() == b.strip() for a, b in zip(texts, batch["answers"], strict=True)]
+        keep = batch["example_ids"] >= 0
+        preds = torch.tensor(right, device=keep.device).long()[keep]
+        self._metrics(f"{split}_answers", exact_match=Accuracy).update(preds=preds, target=torch.ones_like(preds))
+
+    def _generate(self, batch: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+        prompts = batch.get("prompt_input_ids", batch.get("input_ids"))
+        mask = batch.get("prompt_attention_mask", batch.get("attention_mask"))
+        if mask is None:
+            mask = torch.ones_like(prompts)
+        return generate(self.base, self.tokenizer, prompts, mask, {**defaults, **self.generation})
+
+    def _metrics(self, name: str, **make: Any) -> MetricCollection:
+        if name not in self.metrics:
+            self.metrics[name] = collection(**{key: new() for key, new in make.items()}).to(self.device)
+        found = self.metrics[name]
+        assert isinstance(found, MetricCollection)
+        return found
+
+    def _log_metrics(self, split: str) -> None:
+        for name in (split, f"{split}_answers"):
+            if name in self.metrics:
+                metrics = self._metrics(name)
+                seen = {f"{split}_{key}": metric.compute() for key, metric in metrics.items() if metric.update_called}
+                metrics.reset()
+                # Exact over ranks already: the metrics added their sums and counts.
+                self.log_dict(seen, prog_bar=True, rank_zero_only=False)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> list[Any]:
+        """Return one prediction per row.
+
+        A generative task gives the text that follows the prompt; classification ``{"label", "score"}``, token classification a
+        list of these for the row's real tokens; masked LM the likeliest token of every mask.
+        """
+        if self.task.generates:
+            return list(self._generate(self.task.batch(batch), {}))
+        logits, inputs = self.task.logits(self.base, batch), self.task.inputs(batch)
+        if self.task.name == "masked_lm":
+            where = inputs["input_ids"] == self.tokenizer.mask_token_id
+            best = logits.argmax(-1)
+            return [[self.tokenizer.decode([i]).strip() for i in row[at].tolist()] for row, at in zip(best, where, strict=True)]
+        assert self.labels is not None
+        if logits.dim() == 2:
+            return list(classify(logits, self.labels))
+        mask = inputs.get("attention_mask", torch.ones(logits.shape[:2], device=logits.device)).bool()
+        return [classify(row[real], self.labels) for row, real in zip(logits, mask, strict=True)]
+
+    # ---- optimisation
+
+    def configure_optimizers(self) -> Any:
+        """Build the groups by owner, the optimizer and the scheduler.
+
+        Raises:
+            ConfigError: The schedule does not fit the run.
+        """
+        own_lr, own_decay = suggestion(self.strategy)
+        decay = own_decay if self.weight_decay == "auto" else float(self.weight_decay)
+        groups = parameter_groups(self, weight_decay=decay)
+        optimizer = AdamW(groups, lr=own_lr) if self.optimizer is None else self.optimizer(groups)
+        set_rates(optimizer, None if self.lr == "auto" else float(self.lr))
+        lr = optimizer.defaults["lr"] if self.lr == "auto" else float(self.lr)
+        warning = far_off(float(lr), self.strategy)
+        if warning is not None and "Adam" in type(optimizer).__name__:
+            warnings.warn(warning, stacklevel=2)
+        if self.lr_scheduler is None:
+            return optimizer
+        if isinstance(self.lr_scheduler, str):
+            total = float(self.trainer.estimated_stepping_batches)
+            made: Any = scheduler(optimizer, self.lr_scheduler, warmup=self.warmup, total=total)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": made, "interval": "step"}}
+        made = self.lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": made, "interval": self.lr_scheduler_interval}
+        if isinstance(made, ReduceLROnPlateau):
+            config["monitor"] = getattr(made, "monitor", "val_loss")
+        return {"optimizer": optimizer, "lr_scheduler": config}

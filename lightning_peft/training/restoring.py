@@ -1,0 +1,147 @@
+"""Loading a Lightning checkpoint into a module with adapters: strict about adapters, lenient about a base that is not in the file."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_peft.checkpoint import check_base, live_keys, manifests_of, strip_wrappers
+from lightning_peft.errors import CompatibilityError, MergeError
+from lightning_peft.surgery.handle import Handle
+from lightning_peft.surgery.stack import RESERVED
+from lightning_peft.training.adapted_root import find_handle, path_of
+
+if TYPE_CHECKING:
+    from lightning_peft.training.trainer_hooks import Owner
+
+
+def prepare(
+    checkpoint: dict[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]]
+) -> dict[str, Any]:
+    """Check a loaded checkpoint against the module; nothing has been changed when it raises.
+
+    Args:
+        checkpoint: What Lightning read from the file.
+        where: Names the file in messages.
+        module: The LightningModule, adapters installed.
+        installed: The callbacks and their adapters.
+
+    Returns:
+        The checkpoint; for one that was made before PEFT, one that loads the base and starts everything else afresh.
+
+    Raises:
+        FormatError: A manifest is malformed, or of a newer format.
+        CompatibilityError: Adapter tensors are missing, foreign or of another shape; or the adapter belongs to another base.
+        MergeError: An adapter of the module is merged.
+    """
+    state = {strip_wrappers(key): value for key, value in checkpoint["state_dict"].items()}
+    adapter_keys = {key for key in state if RESERVED in key.split(".")}
+    if "peft" not in checkpoint and not adapter_keys:
+        return _before_peft(checkpoint, where, module, installed)
+    known: set[str] = set()
+    for owner, handle in installed:
+        if handle.merged:
+            raise MergeError(f"{where} cannot be loaded while adapter '{owner.name}' is merged into the base; unmerge() it first.")
+        root = strip_wrappers(path_of(module, handle.root) or "")
+        live = live_keys(handle, root)
+        known |= set(live.values())
+        _check_adapter(checkpoint, where, owner.name, handle, live, state)
+        if "peft" in checkpoint:
+            verdict = check_base(handle, manifests_of(checkpoint, where)[owner.name])
+            if verdict is not None:
+                owner.say(module, f"the base weights could not be compared with those of {where} (meta device or packed).")
+    foreign = sorted(adapter_keys - known)
+    if foreign:
+        raise CompatibilityError(
+            f"{where} also holds '{foreign[0]}', an adapter tensor that this module has no place for. Add the PEFTCallback that made "
+            "it, with its name and strategy."
+        )
+    return checkpoint
+
+
+def _check_adapter(
+    checkpoint: Mapping[str, Any], where: str, name: str, handle: Handle, live: dict[str, str], state: Mapping[str, Any]
+) -> None:
+    if "peft" in checkpoint:
+        manifests = manifests_of(checkpoint, where)
+        if name not in manifests:
+            raise CompatibilityError(
+                f"{where} has no adapter '{name}', but {', '.join(repr(n) for n in manifests)}. Give the callback that name, or start "
+                "from it with PEFTCallback(init_from=...)."
+            )
+    missing = [key for key in live.values() if key not in state]
+    if missing:
+        raise CompatibilityError(
+            f"{where} lacks {len(missing)} of {len(live)} tensors of adapter '{name}', such as '{missing[0]}'. It was made with "
+            "another strategy or other targets, or is damaged; the base is not touched."
+        )
+    for slot in handle.slots:
+        found = state[live[slot.key]]
+        if tuple(found.shape) != tuple(slot.tensor().shape):
+            raise CompatibilityError(
+                f"{where}: '{live[slot.key]}' has shape {tuple(found.shape)}, the module expects {tuple(slot.tensor().shape)}. It was "
+                "made with another rank or for another base."
+            )
+
+
+def _before_peft(
+    checkpoint: dict[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]]
+) -> dict[str, Any]:
+    """Load the base from a full checkpoint that knows no adapters, and install fresh ones on it."""
+    state = checkpoint["state_dict"]
+    base = {strip_wrappers(k) for k in module.state_dict() if RESERVED not in k.split(".")}
+    missing = sorted(base - {strip_wrappers(k) for k in state})
+    if missing:
+        raise CompatibilityError(
+            f"{where} holds no adapter, and it is no full checkpoint of {type(module).__name__} either: '{missing[0]}' is not in it. "
+            "Resume from a checkpoint that was saved with this PEFTCallback."
+        )
+    for _, handle in reversed(installed):
+        handle.remove()
+    try:
+        module.load_state_dict(state)
+    finally:
+        for owner, _ in installed:
+            owner.install(module)
+    installed[0][0].say(
+        module, f"{where} was made before PEFT: its weights are the base now; adapters, optimizer, epoch and step start afresh."
+    )
+    fresh = {k: v for k, v in checkpoint.items() if k != "loops"}
+    return fresh | {
+        "state_dict": module.state_dict(), "callbacks": {}, "optimizer_states": [], "lr_schedulers": [], "epoch": 0, "global_step": 0
+    }  # fmt: skip
+
+
+def lenient(module: nn.Module, names: tuple[str, ...]) -> RemovableHandle:
+    """Let ``load_state_dict`` accept a state without the base, and nothing less than all adapters.
+
+    A hook on the module and not an argument of one call, since WeightAveraging and others load by themselves. It works from the
+    adapters that the module (or its deep copy) has, so that it may be copied and pickled.
+    """
+    return module.register_load_state_dict_post_hook(functools.partial(_after_load, names))
+
+
+def _after_load(names: tuple[str, ...], module: nn.Module, incompatible: Any) -> None:
+    missing = {strip_wrappers(key) for key in incompatible.missing_keys}
+    strict: set[str] = set()
+    for name in names:
+        handle = find_handle(module, name)
+        if handle is not None:
+            strict |= set(live_keys(handle, strip_wrappers(path_of(module, handle.root) or "")).values())
+    lost = sorted(key for key in strict if any(m == key or m.endswith("." + key) for m in missing))
+    if lost:
+        raise CompatibilityError(
+            f"the state lacks {len(lost)} adapter tensors, such as '{lost[0]}': the adapter would keep its random values. It was made "
+            "with another strategy or other targets."
+        )
+    frozen = {strip_wrappers(n) for n, p in module.named_parameters() if not p.requires_grad} - strict
+    absent = {key for key in frozen if any(m == key or m.endswith("." + key) for m in missing)}
+    if absent == frozen:  # the base as a whole is elsewhere; a part of it missing is an error as ever
+        trained = {strip_wrappers(n) for n, p in module.named_parameters() if p.requires_grad}
+        incompatible.missing_keys[:] = [
+            k for k in incompatible.missing_keys if any(strip_wrappers(k) == t or strip_wrappers(k).endswith("." + t) for t in trained)
+        ]

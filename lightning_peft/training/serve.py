@@ -1,0 +1,103 @@
+"""A trained adapter on its base, outside a Trainer: generate texts, or merge into a plain model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_peft.checkpoint import load_adapter, read_adapter
+from lightning_peft.errors import ConfigError
+from lightning_peft.loading.base import BaseSource, load_model, load_tokenizer
+from lightning_peft.surgery.handle import Handle
+from lightning_peft.training.data import PEFTDataModule
+from lightning_peft.training.generation import generate
+from lightning_peft.training.tokens import resize_embeddings
+
+PROMPT_FIELDS = ("prompt", "chat_template", "system_prompt")
+
+
+def open_adapter(adapter: str | os.PathLike[str], base: str | None = None) -> tuple[Handle, Any, dict[str, Any]]:
+    """Load the base that an adapter names, with the adapter installed.
+
+    Args:
+        adapter: Adapter folder or Lightning ``.ckpt``.
+        base: Name or folder of the base; None takes the one that the adapter names.
+
+    Returns:
+        The handle (the model is ``handle.root``, in eval mode), the tokenizer, and how the adapter was trained to be used.
+
+    Raises:
+        ConfigError: No base is named.
+        FormatError, CompatibilityError: As :func:`lightning_peft.load_adapter`.
+    """
+    usage = read_adapter(adapter).manifest.get("usage", {})
+    name = base or usage.get("base")
+    if not name:
+        raise ConfigError(f"'{adapter}' does not say which base model it belongs to; name it with --base.")
+    source = BaseSource(name=name, dtype=usage.get("dtype", "auto"), revision=usage.get("revision") if base is None else None)
+    folder = Path(adapter)
+    own = folder.is_dir() and (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(BaseSource(name=str(folder)) if own else source)
+    model = load_model(source, usage.get("task", "causal_lm"), usage.get("labels")).model
+    resize_embeddings(model, len(tokenizer))
+    handle = load_adapter(model, adapter)
+    model.eval()
+    return handle, tokenizer, usage
+
+
+def generate_text(
+    adapter: str | os.PathLike[str],
+    texts: Sequence[str],
+    *,
+    base: str | None = None,
+    raw: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> list[str]:
+    """Return what the adapted model writes after each text.
+
+    Args:
+        adapter: Adapter folder or Lightning ``.ckpt``.
+        texts: Each is put into the prompt that the adapter was trained with.
+        base: Name or folder of the base; None takes the one that the adapter names.
+        raw: Take each text as the whole prompt.
+        seed: Seed of sampling.
+        **options: Arguments of the model's ``generate``.
+    """
+    handle, tokenizer, usage = open_adapter(adapter, base)
+    if usage.get("task", "causal_lm") not in ("causal_lm", "seq2seq_lm"):
+        raise ConfigError(f"'{adapter}' was trained for {usage['task']}, which generates no text. Use `lightning-peft predict`.")
+    prompt = {} if raw else {field: usage[field] for field in PROMPT_FIELDS if usage.get(field) is not None}
+    data = PEFTDataModule(predict_texts=list(texts), tokenizer=tokenizer, batch_size=1, max_length=10**6, **prompt)
+    data.setup("predict")
+    torch.manual_seed(seed)
+    if not options.get("do_sample"):
+        options = {k: v for k, v in options.items() if k != "temperature"}
+    answers: list[str] = []
+    for batch in data.predict_dataloader():
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        answers += generate(handle.root, tokenizer, ids, mask, options)
+    return [answer.strip() for answer in answers]
+
+
+def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str | None = None) -> Path:
+    """Merge an adapter into its base and save a plain transformers model with its tokenizer; return the folder.
+
+    Raises:
+        ConfigError: ``output`` exists and is not empty.
+        MergeError: The method cannot be merged.
+    """
+    folder = Path(output)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"'{folder}' is not empty; name a new folder for the merged model.")
+    handle, tokenizer, _ = open_adapter(adapter, base)
+    handle.merge()
+    handle.remove()
+    model: Any = handle.root
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,100 @@
+"""The table at the start of training: what trains, where, how much of it, and what a checkpoint will weigh."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_peft.surgery.handle import Handle
+from lightning_peft.surgery.walk import base_parameters
+
+# State tensors per parameter, as torch's optimizers keep them; others are counted as Adam.
+_STATE = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "Adadelta": 2, "Adafactor": 0}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What trains, in numbers.
+
+    Args:
+        adapter: Entries of the adapter that train; shared ones once.
+        others: Entries that train beside it (extra modules, parts outside the adapted root).
+        base: Entries of the base below the adapted root.
+        checkpoint: Expected bytes of a ``.ckpt``: tensors and optimizer state.
+    """
+
+    adapter: int
+    others: int
+    base: int
+    checkpoint: int
+
+    @property
+    def share(self) -> float:
+        """What trains, relative to the base."""
+        return (self.adapter + self.others) / max(self.base, 1)
+
+
+def budget(handle: Handle, others: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer], *, full: bool) -> Budget:
+    """Count what trains and estimate what a checkpoint weighs."""
+    base = base_parameters(handle.root)
+    tensors = [s.tensor() for s in handle.slots] + list(others.values())
+    unique = {id(t): t for t in tensors + ([p for _, _, p in base] if full else [])}
+    training = handle.trainable_parameters() + list(others.values())
+    copies = max((_state_tensors(o) for o in optimizers), default=0)
+    size = sum(t.numel() * t.element_size() for t in unique.values())
+    size += copies * sum(p.numel() * p.element_size() for p in training)
+    return Budget(handle.num_trainable(), sum(p.numel() for p in others.values()), sum(p.numel() for _, _, p in base), size)
+
+
+def _state_tensors(optimizer: Optimizer) -> int:
+    copies = _STATE.get(type(optimizer).__name__, 2)
+    return copies + any(g.get("momentum", 0) or g.get("amsgrad", False) for g in optimizer.param_groups)
+
+
+def render(handle: Handle, root: str, others: Mapping[str, nn.Parameter], counted: Budget) -> Table:
+    """Return the table; layers that differ in their number only share a row."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for slot in handle.trainable_slots():
+        place, _, tensor = slot.key.rpartition(".")
+        shape = f"{tensor} {'x'.join(map(str, slot.tensor().shape))}"
+        rows.setdefault((_pattern(place), shape), []).append(slot.tensor().numel())
+    for name, parameter in others.items():
+        place, _, tensor = name.rpartition(".")
+        rows.setdefault((f"{place} (whole)", f"{tensor} {'x'.join(map(str, parameter.shape))}"), []).append(parameter.numel())
+    strategy = type(handle.strategy).__name__
+    place = f"'{root}'" if root else "the LightningModule itself"
+    table = Table(title=f"PEFT adapter '{handle.name}': {strategy} on {place}, a {type(handle.root).__name__}", title_justify="left")
+    for column, justify in (("where", "left"), ("trains", "left"), ("times", "right"), ("parameters", "right")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for (where, shape), sizes in rows.items():
+        table.add_row(where or "(root)", shape, str(len(sizes)), f"{sum(sizes):,}")
+    total = counted.adapter + counted.others
+    table.add_section()
+    table.add_row("total", f"{counted.share:.3%} of {counted.base:,}", "", f"{total:,}")
+    table.add_row("checkpoint", "about", "", human(counted.checkpoint))
+    return table
+
+
+def show(table: Table) -> None:
+    """Print the table to the terminal or notebook."""
+    Console().print(table)
+
+
+def human(size: int) -> str:
+    """Return a number of bytes in words: ``1.5 MB``."""
+    value = float(size)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _pattern(place: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?=\.)", "*", place)

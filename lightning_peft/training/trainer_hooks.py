@@ -1,0 +1,254 @@
+"""What all PEFT callbacks of one Trainer do through its Lightning strategy object (single device, DDP, FSDP, ...).
+
+Callback hooks alone cannot do it: ``save_weights_only=True`` skips ``on_save_checkpoint``, the model is restored before
+``on_load_checkpoint``, no hook lies between the restore and the cast to 16 bit, and a learning-rate finder trains before
+``on_fit_start`` of the other callbacks. The strategy object is on every one of these paths.
+
+Wrapped on the instance, once however many callbacks there are, for the life of the Trainer (``trainer.save_checkpoint`` works after
+``fit`` too): ``lightning_module_state_dict``, ``save_checkpoint``, ``load_checkpoint``, ``setup_optimizers``, and
+``convert_module`` of the precision plug-in.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.checkpoint import live_keys, manifest_of, stamp, strip_wrappers
+from lightning_peft.errors import ConfigError
+from lightning_peft.surgery.handle import Handle
+from lightning_peft.training import restoring
+from lightning_peft.training.adapted_root import path_of
+from lightning_peft.training.namespace import is_a
+
+ATTRIBUTE = "_peft_hooks"
+
+
+class Owner(Protocol):
+    """What a PEFT callback offers here."""
+
+    name: str
+    checkpoint: str
+
+    def handle_of(self, module: nn.Module) -> Handle | None:
+        """Return this callback's adapter on a LightningModule, or None."""
+
+    def extras_of(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Return this callback's extra modules by path."""
+
+    def install(self, module: nn.Module) -> Handle:
+        """Install the adapter if it is not there."""
+
+    def reach_optimizers(self, strategy: Any) -> None:
+        """Bring the trainable parameters into the strategy's optimizers."""
+
+    def say(self, module: nn.Module, text: str) -> None:
+        """Print on rank zero."""
+
+
+class TrainerHooks:
+    """The wraps on one strategy object."""
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+        self.owners: dict[str, Owner] = {}
+        for name in ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "setup_optimizers"):
+            setattr(strategy, name, functools.partial(getattr(self, name), getattr(strategy, name)))
+        plugin = strategy.precision_plugin
+        plugin.convert_module = functools.partial(self.convert_module, plugin.convert_module)
+
+    @classmethod
+    def enter(cls, strategy: Any, owner: Owner) -> TrainerHooks:
+        """Let ``owner`` take part in the hooks of a strategy object, wrapping it on first use.
+
+        Raises:
+            ConfigError: Two callbacks of one Trainer disagree about what a checkpoint holds.
+        """
+        hooks: TrainerHooks = strategy.__dict__.get(ATTRIBUTE) or cls(strategy)
+        strategy.__dict__[ATTRIBUTE] = hooks
+        other = next((o for o in hooks.owners.values() if o.checkpoint != owner.checkpoint and o.name != owner.name), None)
+        if other is not None:
+            raise ConfigError(
+                f"PEFTCallback '{owner.name}' has checkpoint='{owner.checkpoint}' and '{other.name}' has "
+                f"'{other.checkpoint}'. One file serves both; give them the same."
+            )
+        hooks.owners[owner.name] = owner
+        return hooks
+
+    @property
+    def module(self) -> nn.Module:
+        """The LightningModule of the run."""
+        module: nn.Module = self.strategy.lightning_module
+        return module
+
+    def installed(self) -> list[tuple[Owner, Handle]]:
+        """Return the owners whose adapter is on the module, in the order of the callbacks."""
+        pairs = ((owner, owner.handle_of(self.module)) for owner in self.owners.values())
+        return [(owner, handle) for owner, handle in pairs if handle is not None]
+
+    # ------------------------------------------------------------------ what a checkpoint holds
+
+    def kept(self) -> set[str] | None:
+        """Return the state-dict keys that a checkpoint holds; None for all."""
+        installed = self.installed()
+        if not installed or installed[0][0].checkpoint == "full":
+            return None
+        return kept_keys(self.module, installed)
+
+    def lightning_module_state_dict(self, original: Callable[[], Any]) -> Any:
+        """Return the part of the module's state that a checkpoint holds."""
+        with self._filtered():
+            return original()
+
+    def save_checkpoint(self, original: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Filter what other callbacks put into the checkpoint, stamp it with the manifests, save it."""
+        installed = self.installed()
+        if installed:
+            keep = self.kept()
+            if keep is not None:
+                self._filter_others(checkpoint, keep)
+            state = {strip_wrappers(k): v for k, v in checkpoint.get("state_dict", {}).items()}
+            manifests = {o.name: m for o, h in installed if (m := self._manifest(o, h, state)) is not None}
+            if manifests:
+                stamp(checkpoint, manifests)
+        return original(checkpoint, *args, **kwargs)
+
+    def _filter_others(self, checkpoint: dict[str, Any], keep: set[str]) -> None:
+        # WeightAveraging swaps full state dicts in, in its own hook; StochasticWeightAveraging keeps one in its state.
+        holders: list[dict[str, Any]] = [checkpoint]
+        holders += [s for s in checkpoint.get("callbacks", {}).values() if isinstance(s, dict)]
+        for holder in holders:
+            for name in ("state_dict", "current_model_state", "average_model_state"):
+                state = holder.get(name)
+                if isinstance(state, Mapping):
+                    holder[name] = {k: v for k, v in state.items() if strip_wrappers(k) in keep}
+
+    def _manifest(self, owner: Owner, handle: Handle, state: Mapping[str, Any]) -> dict[str, Any] | None:
+        root = path_of(self.module, handle.root) or ""
+        live = live_keys(handle, strip_wrappers(root))
+        if not live.keys() or not set(live.values()) <= state.keys():
+            return None  # a rank that holds no state: FSDP gathers on rank zero only
+        others = other_keys(self.module, self.installed())
+        tensors = {key: state[key] for key in others & state.keys()} | {k: state[k] for k in live.values()}
+        if any(type(t) not in (Tensor, nn.Parameter) for t in tensors.values()):
+            tensors = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors.items()}
+        return manifest_of(
+            handle,
+            root=strip_wrappers(root),
+            state={file: tensors[key] for file, key in live.items()},
+            extra_state={key: tensors[key] for key in sorted(others & state.keys())},
+        )
+
+    @contextmanager
+    def _filtered(self) -> Iterator[None]:
+        """Inside, ``state_dict()`` of the strategy's root returns kept keys only; DCP loads exactly the keys that it returns."""
+        keep = self.kept()
+        if keep is None:
+            yield
+            return
+        # FSDP1's own hooks assert that every parameter of a unit is there, so the filter sits outside the outermost one.
+        wrapped = is_a(self.strategy.model, "FullyShardedDataParallel")
+        root = self.strategy.model if wrapped else self.module
+        hook = root.register_state_dict_post_hook(functools.partial(_filter, keep))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    # ------------------------------------------------------------------ loading
+
+    def load_checkpoint(self, original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read a checkpoint and check it against the module before anything is loaded from it."""
+        with self._filtered():
+            checkpoint = original(path, *args, **kwargs)
+        installed = self.installed()
+        if installed and checkpoint.get("state_dict"):
+            return restoring.prepare(checkpoint, f"'{path}'", self.module, installed)
+        return checkpoint
+
+    # ------------------------------------------------------------------ between restore and fit
+
+    def convert_module(self, original: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:
+        """Cast the module to the Trainer's precision, and give the adapters the wider dtype back that they were made with.
+
+        Done here, after the restore and before the wrap and ``configure_optimizers``: later would be too late for DDP's buckets
+        and would lose what a checkpoint restored.
+        """
+        sharded = is_a(self.strategy, "FSDPStrategy")  # FSDP1: all of a unit has one dtype
+        saved = [
+            (slot, slot.tensor().data)
+            for _, handle in self.installed()
+            for slot in handle.slots
+            if not slot.claimed and slot.tensor().is_floating_point() and not slot.tensor().is_meta
+        ]
+        module = original(module)
+        narrowed = [(slot, wide) for slot, wide in saved if slot.tensor().dtype.itemsize < wide.dtype.itemsize]
+        if sharded and narrowed:
+            owner = self.installed()[0][0]
+            owner.say(self.module, f"adapters are {narrowed[0][0].tensor().dtype}: FSDP1 wants one dtype per unit.")
+            return module
+        for slot, wide in narrowed:
+            slot.tensor().data = wide.to(slot.tensor().device)
+        return module
+
+    def setup_optimizers(self, original: Callable[[Any], None], trainer: Any) -> None:
+        """Let ``configure_optimizers`` run, then bring the adapters into what it made."""
+        original(trainer)
+        for owner, _ in self.installed():
+            owner.reach_optimizers(self.strategy)
+
+
+def _filter(keep: set[str], module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix) and strip_wrappers(k[len(prefix) :]) not in keep]:
+        del state[key]
+
+
+def kept_keys(module: nn.Module, installed: list[tuple[Owner, Handle]]) -> set[str]:
+    """Return the keys of all adapters, and of everything else that trains."""
+    keys = other_keys(module, installed)
+    for _, handle in installed:
+        keys |= set(live_keys(handle, strip_wrappers(path_of(module, handle.root) or "")).values())
+    return keys
+
+
+def other_keys(module: nn.Module, installed: list[tuple[Owner, Handle]]) -> set[str]:
+    """Return the keys that go into a checkpoint beside the adapters'.
+
+    These are all tensors of extra modules; and outside the adapted roots, parameters that train and persistent buffers, except
+    buffers of a part whose parameters are all frozen (a teacher).
+    """
+    whole = [path for owner, _ in installed for path in owner.extras_of(module)]
+    roots = [path_of(module, handle.root) or "" for _, handle in installed]
+    keys: set[str] = set()
+    for path, child in module.named_modules():
+        extra = any(_within(path, w) for w in whole)
+        if not extra and any(_within(path, r) for r in roots):
+            continue
+        named = [n for n, p in child._parameters.items() if p is not None and (extra or p.requires_grad)]
+        if extra or _trains(module, path):
+            hidden = child._non_persistent_buffers_set
+            named += [n for n, b in child._buffers.items() if b is not None and n not in hidden]
+        keys |= {strip_wrappers(f"{path}.{name}" if path else name) for name in named}
+    return keys
+
+
+def _within(path: str, ancestor: str) -> bool:
+    return not ancestor or path == ancestor or path.startswith(ancestor + ".")
+
+
+def _trains(module: nn.Module, path: str) -> bool:
+    """Return whether the nearest part with parameters, from ``path`` upwards, has one that trains."""
+    while True:
+        part = module.get_submodule(path)
+        flags = [p.requires_grad for p in part.parameters()]
+        if flags or not path:
+            return any(flags)
+        path = path.rpartition(".")[0]
+
+
+__all__ = ["Owner", "TrainerHooks", "kept_keys", "other_keys"]

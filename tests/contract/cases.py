@@ -1,0 +1,212 @@
+"""Which method is tested on which backbone, decided from the registry and the anatomy alone; and what every test does with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_peft as lp
+from lightning_peft.errors import PEFTError, PortError, TargetError
+from lightning_peft.surgery.anatomy import Anatomy
+from lightning_peft.surgery.layers import LayerKind, layer_kind
+from tests.backbones import BACKBONES, Backbone, loss_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """One strategy on one backbone.
+
+    Args:
+        strategy: The method with the hyperparameters of its record's example, targets chosen for the backbone where it needs them.
+        backbone: The backbone.
+        obstacle: The error that its record and the anatomy lead to; None if the method can work there.
+    """
+
+    strategy: lp.PEFTStrategy
+    backbone: Backbone
+    obstacle: type[PEFTError] | None
+
+    @property
+    def id(self) -> str:
+        return f"{self.strategy.info.name}-{self.backbone.name}"
+
+    def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the frozen base model: the reference (torch picks other kernels for weights that want gradient)."""
+        return self.backbone.fresh(dtype).requires_grad_(False)
+
+    def installed(self, dtype: torch.dtype = torch.float32, name: str = "default") -> tuple[nn.Module, lp.Handle]:
+        """Return a fresh model with the strategy installed."""
+        torch.manual_seed(11)
+        model = self.backbone.fresh(dtype)
+        return model, lp.inject(model, self.strategy, name)
+
+
+def members(strategy: lp.PEFTStrategy) -> tuple[lp.PEFTStrategy, ...]:
+    """Return the strategies of which a combinator is made, found in its fields."""
+    found: list[lp.PEFTStrategy] = []
+    for field in dataclasses.fields(strategy):
+        value = getattr(strategy, field.name)
+        found += [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, lp.PEFTStrategy)]
+    return tuple(found)
+
+
+def obstacle(strategy: lp.PEFTStrategy, anatomy: Anatomy) -> type[PEFTError] | None:
+    """Return the error that planning must raise, as far as the record says what the method needs."""
+    for member in members(strategy):
+        if error := obstacle(member, anatomy):
+            return error
+    info = strategy.info
+    if any(port not in anatomy.ports for port in info.ports):
+        return PortError
+    if strategy.targets is None and info.default_roles:
+        if anatomy.family == "inferred" or not all(anatomy.role_names(role) for role in info.default_roles):
+            return TargetError
+        sites = [site for role in info.default_roles for site in anatomy.sites(role)]
+        if any(site.spec.kind not in info.layer_kinds for site in sites):
+            return TargetError
+    return None
+
+
+def targeted(strategy: lp.PEFTStrategy, anatomy: Anatomy) -> lp.PEFTStrategy | None:
+    """Return the strategy with targets named outright, wherever its default roles do not lead anywhere; None if nothing fits."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(strategy):
+        value = getattr(strategy, field.name)
+        if isinstance(value, tuple) and value and all(isinstance(v, lp.PEFTStrategy) for v in value):
+            parts = [v if obstacle(v, anatomy) is None else targeted(v, anatomy) for v in value]
+            if None in parts:
+                return None
+            changes[field.name] = tuple(parts)
+    info = strategy.info
+    if info.default_roles:
+        # Rank-1 weights (norms) take other hyperparameters; they have tests of their own.
+        kinds = info.layer_kinds - {"norm"} or info.layer_kinds
+        found = [p for p, m in anatomy.tree.modules.items() if kind_name(m) in kinds and anatomy.bypassed(p) is None]
+        if not found:
+            return None
+        changes["targets"] = found
+    return dataclasses.replace(strategy, **changes) if changes else None
+
+
+def kind_name(module: nn.Module) -> str | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return "tensor"
+    kind: LayerKind | None = layer_kind(module)
+    return None if kind is None else kind.spec(module, "weight").kind
+
+
+def example(info: lp.MethodInfo) -> lp.PEFTStrategy:
+    """Return the method with the hyperparameters of its record."""
+    return lp.resolve({"class_path": info.cls.__name__, "init_args": dict(info.example)})
+
+
+def _cases() -> Iterator[Case]:
+    for backbone in BACKBONES.values():
+        anatomy = lp.anatomy_of(backbone.fresh())
+        for info in lp.list_methods():
+            strategy = example(info)
+            error = obstacle(strategy, anatomy)
+            yield Case(strategy, backbone, error)
+            if error is TargetError and (other := targeted(strategy, anatomy)) is not None:
+                yield Case(other, backbone, None)
+
+
+def _works(case: Case) -> bool:
+    """Whether planning succeeds. A method may need what its record cannot say (biases, an untied head): see test_refusals.py."""
+    try:
+        case.strategy.plan(lp.anatomy_of(case.backbone.fresh()))
+    except TargetError:
+        return False
+    return True
+
+
+ALL = list(_cases())
+POSSIBLE = [case for case in ALL if case.obstacle is None]
+WORKING = [case for case in POSSIBLE if _works(case)]
+UNDECLARED = [case for case in POSSIBLE if case not in WORKING]
+REFUSED = [case for case in ALL if case.obstacle is not None]
+
+
+def over(cases: list[Case]) -> pytest.MarkDecorator:
+    """Parametrise a test by cases."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Put the model into training, but BatchNorm statistics of a frozen base in eval, as the callback does."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def train(
+    model: nn.Module, handle: lp.Handle, batch: dict[str, Tensor], steps: int = 2, weight_decay: float = 0.0
+) -> dict[int, Tensor]:
+    """Take effective AdamW steps with the method's schedule; return the largest gradient seen by each parameter, by id."""
+    train_mode(model)
+    parameters = handle.trainable_parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=weight_decay)
+    schedule = handle.strategy.schedule(handle)
+    schedule.on_start(10)
+    seen = {id(p): torch.zeros(()) for p in parameters}
+    for _ in range(steps):
+        loss = loss_of(model(**batch))
+        if (penalty := schedule.penalty()) is not None:
+            loss = loss + penalty
+        loss.backward()
+        schedule.before_step(optimizer)
+        for p in parameters:
+            if p.grad is not None:
+                seen[id(p)] = torch.maximum(seen[id(p)], p.grad.detach().abs().max().float())
+        optimizer.step()
+        schedule.after_step(optimizer)
+        optimizer.zero_grad()
+    model.eval()
+    return seen
+
+
+def perturb(handle: lp.Handle, scale: float = 0.05) -> None:
+    """Move every trainable tensor: at the start most branches are zero, which hides mistakes of scale and transposition."""
+    generator = torch.Generator().manual_seed(21)
+    with torch.no_grad():
+        for p in handle.trainable_parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) * scale)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return all that an injection may not leave changed: classes, attributes, hooks, flags, values."""
+    seen: dict[str, Any] = {"keys": list(model.state_dict())}
+    for path, module in model.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, type(None)))}
+        hooks = {k: len(v) for k, v in vars(module).items() if "hooks" in k and hasattr(v, "__len__")}
+        objects = {k: id(v) for k, v in vars(module).items() if k in ("forward", "config")}
+        flags = {k: p.requires_grad for k, p in module._parameters.items() if p is not None}
+        seen[path] = (type(module), sorted(vars(module)), list(module._modules), plain, hooks, objects, flags)
+    seen["values"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    seen["objects"] = {k: id(p) for k, p in model.named_parameters(remove_duplicate=False)}
+    return seen
+
+
+def assert_same(after: dict[str, Any], before: dict[str, Any], *, objects: bool = True) -> None:
+    """Compare two snapshots; ``objects=False`` for a copy of the model, whose tensors are other objects."""
+    assert after.keys() == before.keys()
+    for key in before:
+        if key == "values":
+            for name, value in before[key].items():
+                assert torch.equal(after[key][name], value), f"{name} changed"
+        elif key == "objects" or not isinstance(before[key], tuple):
+            assert not objects or after[key] == before[key], key
+        else:
+            *other, ids, flags = before[key]
+            *found, found_ids, found_flags = after[key]
+            assert found == other, f"'{key}' changed"
+            assert found_flags == flags, f"requires_grad changed at '{key}'"
+            assert found_ids.keys() == ids.keys(), f"'{key}' changed"
+            assert not objects or found_ids == ids, f"forward or config changed at '{key}'"

@@ -1,0 +1,102 @@
+"""A mergeable method's two views agree; any other refuses and changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_peft as lp
+from lightning_peft.errors import MergeError
+from tests.backbones import flat, run, tensors
+from tests.contract.cases import WORKING, Case, assert_same, over, perturb, snapshot
+
+MERGEABLE = [case for case in WORKING if case.strategy.mergeable]
+OTHERS = [case for case in WORKING if not case.strategy.mergeable]
+
+
+def calls(model: nn.Module, handle: lp.Handle, batch: dict[str, Tensor]) -> list[tuple[nn.Module, Any, Any, Tensor]]:
+    """Run the model and note input and output of every adapted module.
+
+    Layer by layer, since some models compute their norms in fp32 whatever their dtype, which blurs the last digits.
+    """
+    seen: list[tuple[nn.Module, Any, Any, Tensor]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        seen.append((module, args, kwargs, next(tensors(out)).detach().clone()))
+
+    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in {e.module for e in handle.entries}]
+    run(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@over(MERGEABLE)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_forward_equals_merged_and_unmerge_returns(case: Case, training: bool) -> None:
+    batch = case.backbone.batch(torch.float64)
+    model, handle = case.installed(torch.float64)
+    perturb(handle)
+    model.train(training)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = run(model, batch)
+    seen = calls(model, handle, batch)
+    model.load_state_dict(weights)  # running statistics of BatchNorm in training
+    handle.merge()
+    assert handle.merged
+    for module, args, kwargs, out in seen:
+        with torch.no_grad():
+            merged = next(tensors(module(*args, **kwargs)))
+        assert (merged - out).abs().max() <= 1e-10 * (1 + out.abs().max())
+    assert (run(model, batch) - expected).abs().max() <= 1e-5 * (1 + expected.abs().max())
+    for forbidden in (handle.merge, handle.state_dict, lambda: handle.disabled().__enter__(), lambda: handle.load_state_dict({})):
+        with pytest.raises(MergeError):
+            forbidden()
+    handle.unmerge()
+    for key, value in model.state_dict().items():
+        if "running" not in key and "batches" not in key:
+            torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-12)
+    torch.testing.assert_close(run(model, batch), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(MergeError):
+        handle.unmerge()
+
+
+@over(MERGEABLE)
+def test_exact_merge_and_unmerge_return_every_bit_in_bf16(case: Case) -> None:
+    model, handle = case.installed(torch.bfloat16)
+    perturb(handle)
+    before = snapshot(model)
+    handle.merge(exact=True)
+    handle.unmerge()
+    assert_same(snapshot(model), before)
+
+
+@over(MERGEABLE)
+def test_merge_then_remove_leaves_a_plain_model_with_the_effect(case: Case) -> None:
+    batch = case.backbone.batch(torch.float64)
+    model, handle = case.installed(torch.float64)
+    perturb(handle)
+    expected = run(model, batch)
+    handle.merge()
+    handle.remove()
+    plain = case.backbone.fresh(torch.float64)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+    assert (run(plain, batch) - expected).abs().max() <= 1e-5 * (1 + expected.abs().max())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == {n: p.requires_grad for n, p in plain.named_parameters()}
+
+
+@over(OTHERS)
+def test_what_cannot_be_merged_says_so_and_changes_nothing(case: Case) -> None:
+    batch = case.backbone.batch()
+    model, handle = case.installed()
+    perturb(handle)
+    before, expected = snapshot(model), run(model, batch)
+    with pytest.raises(MergeError):
+        handle.merge()
+    assert not handle.merged
+    assert_same(snapshot(model), before)
+    assert torch.equal(flat(model(**batch)).detach(), expected) or torch.equal(run(model, batch), expected)
