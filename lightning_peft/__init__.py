@@ -22,9 +22,13 @@ from lightning_peft.strategies import Compose as Compose
 from lightning_peft.strategies import Full as Full
 from lightning_peft.strategies import Head as Head
 from lightning_peft.strategies import HoulsbyAdapter as HoulsbyAdapter
+from lightning_peft.strategies import LadderSideTuning as LadderSideTuning
 from lightning_peft.strategies import LoRA as LoRA
 from lightning_peft.strategies import MethodInfo as MethodInfo
 from lightning_peft.strategies import PEFTStrategy as PEFTStrategy
+from lightning_peft.strategies import PrefixTuning as PrefixTuning
+from lightning_peft.strategies import PromptTuning as PromptTuning
+from lightning_peft.strategies import TokenRows as TokenRows
 from lightning_peft.strategies import VeRA as VeRA
 from lightning_peft.strategies import get_method as get_method
 from lightning_peft.strategies import inject as inject

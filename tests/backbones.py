@@ -68,7 +68,9 @@ class AttentionNet(nn.Module):
 
 
 def _ids(seed: int = 0) -> Tensor:
-    return torch.randint(4, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(4, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
+    ids[:, 1], ids[:, 2] = 1, 3  # low ids occur too, but neither padding (0) nor end of text (2), from which masks are derived
+    return ids
 
 
 def _noise(*shape: int) -> Tensor:

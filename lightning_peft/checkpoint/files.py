@@ -83,9 +83,7 @@ def save_adapter(
     return write_adapter(AdapterFile(manifest, handle.strategy, state, extra), directory, tokenizer=tokenizer)
 
 
-def write_adapter(
-    adapter: AdapterFile, directory: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None
-) -> Path:
+def write_adapter(adapter: AdapterFile, directory: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None) -> Path:
     """Write an adapter that is not (or no longer) on a model, such as one read from a checkpoint; see :func:`save_adapter`."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +92,7 @@ def write_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
         _write_tensors(adapter, staging / TENSORS)
-        file = {"name": TENSORS, "sha256": sha256(staging / TENSORS)}
+        file = {"sha256": sha256(staging / TENSORS)}
         text = json.dumps({**adapter.manifest, "file": file}, indent=1, ensure_ascii=False)
         (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
         written = [path for path in staging.rglob("*") if path.is_file()]
@@ -134,7 +132,9 @@ def _write_tensors(adapter: AdapterFile, path: Path) -> None:
     try:
         save_file(plain, path)
     except SafetensorError as error:
-        raise OSError(f"cannot write '{path.parent.parent / path.name}': {error}. The previous adapter there is as it was.") from error
+        raise OSError(
+            f"cannot write '{path.parent.parent / path.name}': {error}. The previous adapter there is as it was."
+        ) from error
 
 
 def _sync(path: Path) -> None:
@@ -144,5 +144,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

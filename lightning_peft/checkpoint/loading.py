@@ -158,8 +158,8 @@ def _description(path: Path, adapter: AdapterFile) -> str:
         + (f"values of {len(sampled)} sampled" if sampled else "values not recorded"),
         f"  written by lightning-peft {manifest['package_version']}, format {manifest['format']}",
     ]
-    if adapter.extra_state:
-        lines.insert(4, f"  extra      {', '.join(adapter.extra_state)}")
+    if manifest["extra"]:
+        lines.insert(4, f"  extra      {', '.join(manifest['extra'])}")
     return "\n".join(lines)
 
 

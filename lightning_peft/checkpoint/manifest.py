@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lightning_peft.strategies.registry import get_method, resolve
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.fingerprint import UNCHECKED, base_fingerprint, compare_fingerprints, fingerprint
 from lightning_peft.surgery.handle import Handle
+from lightning_peft.types import AdapterDtype
 
 Manifest = dict[str, Any]
 FORMAT = 1
@@ -37,8 +38,9 @@ _FIELDS: dict[str, type] = {
 _OPTIONAL: dict[str, type] = {"file": dict}
 _NESTED: dict[str, dict[str, tuple[type, ...]]] = {
     "base": {"structure": (dict,), "values": (dict, type(None))},
-    "file": {"name": (str,), "sha256": (str,)},
+    "file": {"sha256": (str,)},
 }
+_ADAPTER_DTYPES = set(get_args(AdapterDtype))
 _TENSOR: dict[str, tuple[type, ...]] = {"shape": (list,), "dtype": (str,), "crc32": (int,)}
 
 
@@ -74,16 +76,16 @@ def manifest_of(
         raise ConflictError(f"adapter '{handle.name}' owns {len(keys)} tensors, the state given differs by {wrong[:3]}.")
     strategy = handle.strategy.to_dict(defaults=True)
     claimed = {slot.key for slot in handle.slots if slot.claimed}
-    dtypes = {t.dtype for key, t in tensors.items() if key not in claimed and t.is_floating_point()}
+    dtypes = {_dtype_name(t.dtype) for key, t in tensors.items() if key not in claimed and t.is_floating_point()}
     return {
         "format": FORMAT,
         "package_version": package_version(),
         "name": handle.name,
         "methods": {info.name: info.version for info in map(get_method, _class_paths(strategy))},
         "strategy": strategy,
-        "base": handle.base_fingerprint or fingerprint(handle.root),
+        "base": _base_of(handle),
         "root": root,
-        "adapter_dtype": _dtype_name(dtypes.pop()) if len(dtypes) == 1 else "auto",
+        "adapter_dtype": dtypes.pop() if len(dtypes) == 1 and dtypes <= _ADAPTER_DTYPES else "auto",
         "tensors": {key: _describe(key, tensor) for key, tensor in tensors.items()},
         "extra": {key: _describe(key, tensor) for key, tensor in (extra_state or {}).items()},
     }
@@ -109,16 +111,7 @@ def check_manifest(manifest: Any, where: str = "the manifest") -> PEFTStrategy:
     missing = [field for field in _FIELDS if field not in manifest]
     if missing:
         raise FormatError(f"{where} lacks the field {missing[0]!r}; it is damaged.")
-    for field, shape in _NESTED.items():
-        if field in manifest:
-            _check_record(manifest[field], shape, f"{where}: {field}")
-    _check_record(manifest["base"]["structure"], {"hash": (str,), "tensors": (dict,)}, f"{where}: base.structure")
-    for key, record in (manifest["base"]["values"] or {}).items():
-        _check_record(record, {"stored": (str,), "entries": (list,)}, f"{where}: base value {key!r}")
-        if not all(type(entry) in (float, type(None)) for entry in record["entries"]):
-            raise FormatError(f"{where}: base value {key!r} holds something else than numbers. It is damaged.")
-    for key, record in (manifest["tensors"] | manifest["extra"]).items():
-        _check_record(record, _TENSOR, f"{where}: tensor {key!r}")
+    _check_contents(manifest, where)
     return _strategy(manifest, where)
 
 
@@ -136,7 +129,7 @@ def check_base(model: Handle | nn.Module, manifest: Mapping[str, Any]) -> str | 
         CompatibilityError: Another structure, or other weights of the same structure.
     """
     carried = set(manifest["tensors"]) | {_relative(key, manifest["root"]) for key in manifest["extra"]}
-    reason = compare_fingerprints(manifest["base"], _current(model, carried), carried=carried)
+    reason = compare_fingerprints(manifest["base"], _base_of(model), carried=carried)
     if reason in (None, UNCHECKED):
         return reason
     raise CompatibilityError(
@@ -145,9 +138,7 @@ def check_base(model: Handle | nn.Module, manifest: Mapping[str, Any]) -> str | 
     )
 
 
-def check_tensors(
-    index: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], where: str
-) -> None:
+def check_tensors(index: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], where: str) -> None:
     """Check tensors against their records.
 
     Raises:
@@ -177,12 +168,13 @@ def package_version() -> str:
         return "not installed"
 
 
-def _current(model: Handle | nn.Module, carried: set[str]) -> dict[str, Any]:
+def _base_of(model: Handle | nn.Module) -> dict[str, Any]:
+    """Return the fingerprint of the base before training."""
     if not isinstance(model, Handle):
         return base_fingerprint(model)
     known = model.base_fingerprint
     if known is None or known["values"] is None:
-        # Taken on meta; the weights may be there by now. What the adapter trains is in `carried`, so it may have moved.
+        # Taken on meta; the weights are there by now, or not. What the adapter itself has moved since, its file carries.
         return fingerprint(model.root)
     return known
 
@@ -220,6 +212,23 @@ def _check_record(record: Any, fields: Mapping[str, tuple[type, ...]], where: st
     for field, types in fields.items():
         if type(record[field]) not in types:
             raise FormatError(f"{where}: field {field!r} is {type(record[field]).__name__}.")
+
+
+def _check_contents(manifest: Mapping[str, Any], where: str) -> None:
+    for field, shape in _NESTED.items():
+        if field in manifest:
+            _check_record(manifest[field], shape, f"{where}: {field}")
+    _check_record(manifest["base"]["structure"], {"hash": (str,), "tensors": (dict,)}, f"{where}: base.structure")
+    for key, record in (manifest["base"]["values"] or {}).items():
+        _check_record(record, {"stored": (str,), "entries": (list,)}, f"{where}: base value {key!r}")
+        if not all(type(entry) in (float, type(None)) for entry in record["entries"]):
+            raise FormatError(f"{where}: base value {key!r} holds something else than numbers. It is damaged.")
+    if manifest["adapter_dtype"] not in _ADAPTER_DTYPES:
+        raise FormatError(
+            f"{where}: adapter_dtype {manifest['adapter_dtype']!r} is none of {', '.join(sorted(_ADAPTER_DTYPES))}."
+        )
+    for key, record in (manifest["tensors"] | manifest["extra"]).items():
+        _check_record(record, _TENSOR, f"{where}: tensor {key!r}")
 
 
 def _strategy(manifest: Mapping[str, Any], where: str) -> PEFTStrategy:

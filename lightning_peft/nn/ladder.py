@@ -52,7 +52,9 @@ class SideBlock(nn.Module):
         if self.heads:
             x = _norm(h, self.attention_norm_weight, self.attention_norm_bias)
             qkv = _linear(x, self.qkv_weight, self.qkv_bias)
-            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))  # (B, heads, S, w / heads)
+            q, k, v = (
+                t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1)
+            )  # (B, heads, S, w / heads)
             if mask is not None and mask.dtype != torch.bool:
                 mask = mask.to(q.dtype)
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)

@@ -1,6 +1,9 @@
 """All methods. Importing the package registers them; third parties register by entry point ``lightning_peft.methods``."""
 
 from lightning_peft.strategies.additive import HoulsbyAdapter as HoulsbyAdapter
+from lightning_peft.strategies.additive import PrefixTuning as PrefixTuning
+from lightning_peft.strategies.additive import PromptTuning as PromptTuning
+from lightning_peft.strategies.architectural import LadderSideTuning as LadderSideTuning
 from lightning_peft.strategies.baselines import Full as Full
 from lightning_peft.strategies.baselines import Head as Head
 from lightning_peft.strategies.hybrid import Compose as Compose
@@ -13,5 +16,6 @@ from lightning_peft.strategies.reparameterized import AdaLoRA as AdaLoRA
 from lightning_peft.strategies.reparameterized import LoRA as LoRA
 from lightning_peft.strategies.reparameterized import VeRA as VeRA
 from lightning_peft.strategies.selective import BitFit as BitFit
+from lightning_peft.strategies.selective import TokenRows as TokenRows
 from lightning_peft.strategies.strategy import MethodInfo as MethodInfo
 from lightning_peft.strategies.strategy import PEFTStrategy as PEFTStrategy

@@ -11,16 +11,18 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_peft.surgery.layers import LinearKind, layer_kind
 from lightning_peft.surgery.stack import stack_of
 from lightning_peft.surgery.walk import base_modules
 from lightning_peft.types import stable_seed
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Fingerprint = dict[str, Any]
 UNCHECKED = "unchecked"
@@ -79,9 +81,7 @@ def base_fingerprint(root: nn.Module) -> Fingerprint:
     return fingerprint(root)
 
 
-def compare_fingerprints(
-    saved: Mapping[str, Any], current: Mapping[str, Any], *, carried: Collection[str] = ()
-) -> str | None:
+def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], *, carried: Collection[str] = ()) -> str | None:
     """Compare two fingerprints.
 
     Args:
@@ -189,7 +189,7 @@ def _dense(module: nn.Module, attribute: str) -> tuple[str, Tensor | None]:
 def _entries(tensor: Tensor, places: Tensor) -> list[float | None]:
     """Return the numbers at ``places`` (dimensions, n); None for those in another process's shard."""
     inside = torch.ones(places.shape[1], dtype=torch.bool)
-    if isinstance(tensor, DTensor):
+    if _is_sharded(tensor):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -201,6 +201,14 @@ def _entries(tensor: Tensor, places: Tensor) -> list[float | None]:
     values = iter(tensor[tuple(places[:, inside].to(tensor.device))].double().tolist())
     # 7 digits are finer than any tolerance and keep the manifest small.
     return [float(f"{next(values):.7g}") if known else None for known in inside.tolist()]
+
+
+def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False  # without the import, which takes half a second
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def _same_values(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool | None:

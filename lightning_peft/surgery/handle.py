@@ -160,21 +160,24 @@ class Handle:
         self._disabled = True
         for entry in self.entries:
             entry.enabled = False
-        self._swap_originals()
+        self._swap_originals(trains=False)
         try:
             yield
         finally:
-            self._swap_originals()
+            self._swap_originals(trains=True)
             for entry in self.entries:
                 entry.enabled = True
             self._disabled = False
 
-    def _swap_originals(self) -> None:
+    def _swap_originals(self, *, trains: bool) -> None:
         for slot in self.slots:
             if slot.claimed:
                 tensor, original = slot.tensor(), self._originals[slot.key]
                 self._originals[slot.key] = tensor.data
                 tensor.data = original.to(tensor.device, tensor.dtype)
+                # Frozen like the rest of the base: a gradient would go to the wrong values, and torch picks other kernels
+                # (attention) for weights that want one, which rounds differently.
+                tensor.requires_grad_(trains)
 
     # ------------------------------------------------------------------ merge
 

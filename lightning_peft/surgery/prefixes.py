@@ -61,14 +61,15 @@ class PrefixEdit(Tap):
     def apply(self, surgery: Surgery) -> None:
         super().apply(surgery)
         module = surgery.root.get_submodule(self.port.path)
-        if not hasattr(module.config, BASE_CONFIG):
+        original: Any = module.config
+        if not hasattr(original, BASE_CONFIG):
             register_attention()
-            config = copy.copy(module.config)
-            setattr(config, BASE_CONFIG, module.config)
+            config = copy.copy(original)
+            setattr(config, BASE_CONFIG, original)
             config._attn_implementation_internal = ATTENTION
             stack = stack_of(module)
             assert stack is not None
-            stack._on_close.append(functools.partial(setattr, module, "config", module.config))
+            stack._on_close.append(functools.partial(setattr, module, "config", original))
             module.config = config
 
 
@@ -151,7 +152,9 @@ def prefix_attention(
     assert stack is not None
     taps = [e.adapter for e in stack._entries if e.active and isinstance(e.adapter, PrefixTap)]
     if taps and kwargs.get("cache") is not None:
-        raise PortError("a prefix does not work with a paged cache (continuous batching). Generate with a dynamic or static cache.")
+        raise PortError(
+            "a prefix does not work with a paged cache (continuous batching). Generate with a dynamic or static cache."
+        )
     for tap in taps:
         tap.reached = True
         prefix_key, prefix_value = (_as_heads(t, like) for t, like in zip(tap.tokens(), (key, value), strict=True))
@@ -179,13 +182,16 @@ def _as_heads(prefix: Tensor, like: Tensor) -> Tensor:
             f"a prefix of width {prefix.shape[1]} does not fit keys or values of {heads} heads x {width}: the attention module expands them "
             "before its attention function, which prefixes do not support."
         )
-    return prefix.to(like.dtype).unflatten(1, (heads, width)).transpose(0, 1).expand(batch, -1, -1, -1)
+    split: Tensor = prefix.to(like.dtype).unflatten(1, (heads, width))
+    return split.transpose(0, 1).expand(batch, -1, -1, -1)
 
 
 def _widen(mask: Any, count: int) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         shown = f"a tensor of {mask.dim()} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
-        raise PortError(f"a prefix cannot lengthen an attention mask given as {shown}. Use attn_implementation='sdpa' or 'eager'.")
+        raise PortError(
+            f"a prefix cannot lengthen an attention mask given as {shown}. Use attn_implementation='sdpa' or 'eager'."
+        )
     return F.pad(mask, (count, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
@@ -211,5 +217,7 @@ def _attention_function(module: nn.Module, name: str) -> Callable[..., Any]:
     scope: dict[str, Any] = inspect.unwrap(type(module).forward).__globals__
     found = scope.get("eager_attention_forward") if name == "eager" else scope["ALL_ATTENTION_FUNCTIONS"][name]
     if found is None:
-        raise PortError(f"{type(module).__name__} has no eager attention function. Load the model with attn_implementation='sdpa'.")
+        raise PortError(
+            f"{type(module).__name__} has no eager attention function. Load the model with attn_implementation='sdpa'."
+        )
     return found  # type: ignore[no-any-return]

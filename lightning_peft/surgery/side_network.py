@@ -1,8 +1,8 @@
 """The mechanics of a side network on a body port: the frozen body runs without gradient, a small network reads its blocks.
 
 Two kinds of adapters work together. One on each block writes what flows through the block into the record of the running call; the
-one on the body opens that record, runs the body under ``no_grad``, and gives the record to the network. The record lives in a
-context variable for the length of the call, so nothing of it stays on a module.
+one on the body opens that record, runs the body under ``no_grad``, and gives the record to the network. The record lives
+in a thread local for the length of the call, so nothing of it stays on a module.
 
 Everything inside the body is without gradient: another adapter in there would not train.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +39,13 @@ class Rung:
     mask: Tensor | None
 
 
-_RECORD: ContextVar[dict[int, Rung] | None] = ContextVar("lightning_peft_rungs", default=None)
+class _Running(threading.local):
+    """The record of the body that runs in this thread. torch.compile can follow a thread local, but no context variable."""
+
+    record: dict[int, Rung] | None = None
+
+
+_RUNNING = _Running()
 
 
 def side_network_edits(
@@ -72,7 +78,9 @@ def side_network_edits(
     for index in sorted({0, *used}):
         path = port.blocks[index]
         names = _names(anatomy.root.get_submodule(path))
-        taps.append(Tap(Port(path=path, scope=port.scope), functools.partial(_build_rung, index=index, names=names, attends=attends)))
+        taps.append(
+            Tap(Port(path=path, scope=port.scope), functools.partial(_build_rung, index=index, names=names, attends=attends))
+        )
     return tuple(taps)
 
 
@@ -93,7 +101,7 @@ class RungTap(CallAdapter):
 
     Args:
         index: Index of the block.
-        names: Parameter names of its forward.
+        names: Parameter names of its forward; the first one is the hidden states.
         attends: The side network needs the block's mask.
     """
 
@@ -107,12 +115,11 @@ class RungTap(CallAdapter):
     def forward(self, base: Call, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
         out = base(*args, **kwargs)
-        record = _RECORD.get()
+        record = _RUNNING.record
         if record is not None:
             call = {**dict(zip(self.names, args, strict=False)), **kwargs}
             mask = _sdpa_mask(call) if self.attends else None
-            x = next(value for value in call.values() if isinstance(value, Tensor))
-            record[self.index] = Rung(x.detach(), _first_tensor(out).detach(), mask)
+            record[self.index] = Rung(call[self.names[0]].detach(), _first_tensor(out).detach(), mask)
         return out
 
 
@@ -163,25 +170,32 @@ class SideBody(CallAdapter):
                 "without attention (heads=0)."
             )
         record: dict[int, Rung] = {}
-        token = _RECORD.set(record)
+        outer, _RUNNING.record = _RUNNING.record, record
         try:
             with torch.no_grad():
                 out = base(*args, **kwargs)
         finally:
-            _RECORD.reset(token)
+            _RUNNING.record = outer
         missing = [i for i in {0, *self.used} if i not in record]
         if missing:
-            raise PortError(f"block {missing[0]} did not run, but the side network reads it. Turn layer drop off, or leave the block out.")
+            raise PortError(
+                f"block {missing[0]} did not run, but the side network reads it. Turn layer drop off, or leave the block out."
+            )
         rungs = [record[i] for i in self.used]
         side = self.network(record[0].x, [r.y for r in rungs], [r.mask for r in rungs], self.causal)
         return self._finish(out, side)
 
     def _finish(self, out: Any, side: Tensor) -> Any:
         if isinstance(out, Tensor):
+            side = side.to(out.dtype)
             return out + side if self.output == "add" else side
         if isinstance(out, tuple):
             return (self._finish(out[0], side), *out[1:])
-        out.last_hidden_state = self._finish(out.last_hidden_state, side)
+        last = out.last_hidden_state
+        out.last_hidden_state = self._finish(last, side)
+        states = getattr(out, "hidden_states", None)
+        if states and states[-1] is last:  # what DeBERTa reads
+            out.hidden_states = (*states[:-1], out.last_hidden_state)
         if getattr(out, "pooler_output", None) is not None and self.pooler is not None:
             out.pooler_output = self.pooler(out.last_hidden_state)
         return out
@@ -199,16 +213,21 @@ def _sdpa_mask(call: Mapping[str, Any]) -> Tensor | None:
     masks.pop("encoder_attention_mask", None)
     unknown = [name for name in masks if name not in KNOWN_MASKS]
     if unknown:
-        raise PortError(f"the side network cannot read the mask '{unknown[0]}' of this block. Build it without attention (heads=0).")
+        raise PortError(
+            f"the side network cannot read the mask '{unknown[0]}' of this block. Build it without attention (heads=0)."
+        )
     found: Tensor | None = None
     for name, mask in masks.items():
         if name.startswith("src"):  # torch's own layers: True is hidden
             if mask.dim() > 2:
-                raise PortError(f"the side network cannot read '{name}' with {mask.dim()} dimensions. Pass (length, length), or set heads=0.")
+                raise PortError(
+                    f"the side network cannot read '{name}' with {mask.dim()} dimensions. Pass (length, length), or set heads=0."
+                )
             mask = ~mask if mask.dtype == torch.bool else mask
             shown = mask[:, None, None, :] if name == "src_key_padding_mask" else mask[None, None]
         else:
-            shown = mask[:, None, None, :].bool() if mask.dim() == 2 else mask
+            mask = mask if mask.is_floating_point() and mask.dim() > 2 else mask.bool()  # integers: one is visible
+            shown = mask[:, None, None, :] if mask.dim() == 2 else mask
         found = shown if found is None else _both(found, shown)
     return found
 
@@ -216,5 +235,7 @@ def _sdpa_mask(call: Mapping[str, Any]) -> Tensor | None:
 def _both(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == b.dtype == torch.bool:
         return a & b
-    additive = [torch.zeros_like(m, dtype=torch.float32).masked_fill(~m, float("-inf")) if m.dtype == torch.bool else m for m in (a, b)]
+    additive = [
+        torch.zeros_like(m, dtype=torch.float32).masked_fill(~m, float("-inf")) if m.dtype == torch.bool else m for m in (a, b)
+    ]
     return additive[0] + additive[1]

@@ -55,7 +55,9 @@ def soft_prompt_taps(anatomy: Anatomy, count: int, build: BuildPrompt) -> tuple[
                 "Use fewer virtual tokens."
             )
         if port.pooler is not None and port.causal:
-            raise PortError(f"'{port.pooler}' reads position 0 of a causal stack, which the prompt takes. Use a model without pooler.")
+            raise PortError(
+                f"'{port.pooler}' reads position 0 of a causal stack, which the prompt takes. Use a model without pooler."
+            )
         reader = _decoder(anatomy, port)
         owner = anatomy.root.get_submodule(port.path)
         make = functools.partial(
@@ -66,6 +68,11 @@ def soft_prompt_taps(anatomy: Anatomy, count: int, build: BuildPrompt) -> tuple[
             taps.append(Tap(Port(path=port.pooler, scope=port.scope), functools.partial(_build_pooler, count=count)))
         if reader is not None:
             names = _parameters(anatomy.root.get_submodule(reader.path))
+            if not {"input_ids", "encoder_attention_mask"} <= set(names):
+                raise PortError(
+                    f"the decoder '{reader.path}' gets its masks ready-made, so it cannot be shown the encoder's prompt. Use prefix "
+                    "tuning with this model."
+                )
             taps.append(Tap(reader, functools.partial(_build_reader, names=names)))
     return tuple(taps)
 
@@ -123,7 +130,14 @@ class SoftPrompt(CallAdapter):
     owner: nn.Module
 
     def __init__(
-        self, tokens: nn.Module, port: EmbeddingsPort, owner: nn.Module, embedding: str, count: int, names: tuple[str, ...], keep: bool
+        self,
+        tokens: nn.Module,
+        port: EmbeddingsPort,
+        owner: nn.Module,
+        embedding: str,
+        count: int,
+        names: tuple[str, ...],
+        keep: bool,
     ) -> None:
         super().__init__()
         self.tokens = tokens
@@ -173,6 +187,8 @@ class SoftPrompt(CallAdapter):
                 f"{total - self.count} tokens and {self.count} virtual tokens exceed the {limit} learned positions of "
                 f"'{self.port.path or 'the model'}'. Cut the text to {limit - self.count} tokens."
             )
+        if any(getattr(layer, "is_sliding", False) for layer in _static_layers(cache)):
+            raise PortError("a soft prompt does not work with a static sliding-window cache. Generate with a dynamic cache.")
         if not past:
             _grow(cache, self.count)
         capacity = _static_length(cache)
@@ -242,9 +258,7 @@ class ReaderTap(CallAdapter):
         return base(**call)
 
 
-def _lengthen(
-    mask: Any, count: int, *, causal: bool = False, start: bool = False, capacity: int | None = None
-) -> Tensor:
+def _lengthen(mask: Any, count: int, *, causal: bool = False, start: bool = False, capacity: int | None = None) -> Tensor:
     """Return the mask with ``count`` visible columns in front.
 
     Args:
@@ -256,7 +270,9 @@ def _lengthen(
     """
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         shown = f"a tensor of {mask.dim()} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
-        raise PortError(f"a soft prompt cannot lengthen an attention mask given as {shown}. Pass a 2-D mask; generate with a dynamic cache.")
+        raise PortError(
+            f"a soft prompt cannot lengthen an attention mask given as {shown}. Pass a 2-D mask; generate with a dynamic cache."
+        )
     if mask.dim() == 2:
         return torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
     visible, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
@@ -285,7 +301,7 @@ def _static_length(cache: Any) -> int | None:
 def _grow(cache: Any, count: int) -> None:
     """Make a static cache that is not allocated yet longer by the prompt: generate() measures it by the text alone."""
     for layer in _static_layers(cache):
-        if not layer.is_initialized and not getattr(layer, "is_sliding", False):
+        if not layer.is_initialized:
             layer.max_cache_len += count
 
 

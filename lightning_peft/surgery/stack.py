@@ -116,6 +116,7 @@ class AdapterStack(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.training = module.training
         self._entries: list[Entry] = []
         self._handles: dict[str, Handle] = {}
         self._frozen: list[tuple[nn.Module, str, bool]] = []
@@ -147,7 +148,7 @@ class AdapterStack(nn.Module):
             holder, name = self._modules[name], member  # type: ignore[assignment]
         if hasattr(holder, name):
             raise ConflictError(f"the name '{name}' is taken, or is an attribute of nn.Module; choose another one.")
-        holder.add_module(name, adapter)
+        holder.add_module(name, adapter.train(self.training))
 
     def discard(self, name: str) -> None:
         """Drop every adapter of the handle ``name``."""

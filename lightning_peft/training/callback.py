@@ -139,7 +139,7 @@ class PEFTCallback(pl.Callback):
             value, allowed = getattr(self, option), get_args(kind)
             if value not in allowed:
                 raise ConfigError(f"PEFTCallback: {option}={value!r}, but it is one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}")
-        if merge_on_end and not self.strategy.info.mergeable:
+        if merge_on_end and not self.strategy.mergeable:
             raise ConfigError(f"PEFTCallback: merge_on_end=True, but {type(self.strategy).__name__} cannot be merged into a weight.")
 
     @property
@@ -353,6 +353,7 @@ class PEFTCallback(pl.Callback):
         handle.verify()
         assert run.modes is not None
         run.modes.apply()
+        run.undo.append(run.modes.excuse_from_warning(trainer.fit_loop))
         if run.pending_init is not None:
             start, run.pending_init = run.pending_init, None
             self._start_from(start, pl_module, handle)
@@ -484,6 +485,8 @@ class PEFTCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore random states at once (``on_train_start`` is too late, the sampler has drawn its seed), and the schedule."""
         run = self.run
+        if run.stage != "fit":  # Lightning restores callbacks for test and predict too, which are no continuation of a run
+            return
         rng.restore_rank(state_dict["rng"])
         run.saved_schedule = state_dict["schedule"]
         if run.schedule is not None:  # strategies that restore after on_fit_start

@@ -20,7 +20,7 @@ from lightning_peft.strategies.registry import list_methods, resolve
 from lightning_peft.training.data import PEFTDataModule
 from lightning_peft.training.module import PEFTLightningModule
 from lightning_peft.training.serve import generate_text, merge_adapter
-from lightning_peft.training.table import method_card, methods_table
+from lightning_peft.training.catalogue import method_card, methods_table
 
 TRAINER_COMMANDS = {
     "fit": "train from a config; checkpoints and the adapter folder are written",
@@ -55,7 +55,8 @@ class PEFTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        config = self.config[self.subcommand] if self.subcommand else self.config
+        subcommand = self.config.get("subcommand")
+        config = self.config[subcommand] if subcommand else self.config
         # A misspelt option passes the parser's union of types as a plain mapping; resolve() is what knows names and types.
         strategy = config.model.strategy
         resolve(strategy.as_dict() if hasattr(strategy, "as_dict") else strategy)
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"lightning-peft: unknown command '{command}'.{did_you_mean(command, [*TRAINER_COMMANDS, *_COMMANDS])}\n")
     try:
         if command in TRAINER_COMMANDS:
-            PEFTCLI(args)
+            PEFTCLI(argv)
         else:
             options = parser.parse_args(args or ["--help"])
             print(_COMMANDS[options.command](options))

@@ -77,7 +77,8 @@ def answer_scores(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     else:
         logits = _continuation_logits(model, *left_padded(prompt, mask), flat, flat_real, count)
     logp = torch.log_softmax(logits.float(), -1).gather(-1, flat[..., None]).squeeze(-1)
-    return ((logp * flat_real).sum(-1) / flat_real.sum(-1)).unflatten(0, (-1, count))
+    mean: Tensor = (logp * flat_real).sum(-1) / flat_real.sum(-1)
+    return mean.view(-1, count)
 
 
 def _decoder_logits(model: Any, prompt: Tensor, mask: Tensor, answers: Tensor, real: Tensor, count: int) -> Tensor:
@@ -101,7 +102,7 @@ def _continuation_logits(model: Any, prompt: Tensor, mask: Tensor, answers: Tens
     head = None if getter is None else getter()
     with keep_last(head, 1):
         first = run(prompt, mask, use_cache=True)
-    cache = getattr(first, "past_key_values", None)
+    cache: Any = getattr(first, "past_key_values", None)
     if not hasattr(cache, "batch_repeat_interleave"):  # no keys and values to share (state-space models)
         ids = torch.cat([prompt.repeat_interleave(count, 0), answers], 1)
         with keep_last(head, answers.shape[1] + 1):

@@ -123,7 +123,8 @@ class LossWindow:
         if count <= 0:
             return []
         fetcher = trainer.fit_loop._data_fetcher  # no public way to see the batches to come (lightning 2.6)
-        assert fetcher is not None and fetcher.iterator is not None
+        assert fetcher is not None
+        assert fetcher.iterator is not None
         if not isinstance(fetcher.iterator, LookAhead):
             fetcher.iterator = LookAhead(fetcher.iterator)
         fetched = list(getattr(fetcher, "batches", ()))  # a loader without length is prefetched by one batch

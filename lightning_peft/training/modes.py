@@ -6,7 +6,9 @@ be off in silence; and BatchNorm would move statistics that belong to the frozen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -51,12 +53,30 @@ class BaseModes:
         for module in self.still:
             module.training = False
 
+    def excuse_from_warning(self, fit_loop: Any) -> Callable[[], object]:
+        """Keep Lightning from warning of modules in eval mode that are meant to be; it still counts all others.
+
+        Returns:
+            What takes it back.
+        """
+        original = getattr(fit_loop, WARNING, None)
+        if original is not None:
+            setattr(fit_loop, WARNING, functools.partial(self._warn, original))
+        return functools.partial(fit_loop.__dict__.pop, WARNING, None)
+
+    def _warn(self, original: Callable[[], None]) -> None:
+        for module in self.still:
+            module.training = True
+        original()
+        self.hold()
+
     def restore(self) -> None:
         """Give every module the mode that it had before."""
         for module, mode in self.before:
             module.training = mode
 
 
+WARNING = "_warn_if_modules_in_eval_mode"
 _RATES = ("dropout", "activation_dropout", "attention_dropout", "hidden_dropout")
 
 

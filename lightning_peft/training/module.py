@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,19 +16,18 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
-from lightning_peft.errors import ConfigError, did_you_mean
+from lightning_peft.errors import CompatibilityError, ConfigError, did_you_mean
 from lightning_peft.loading.base import BaseSource, Dtype, load_model, load_tokenizer
-from lightning_peft.strategies.install import inject
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import anatomy_of
 from lightning_peft.surgery.handle import Handle, handles
-from lightning_peft.training.adapted_root import find_extras, train_whole
 from lightning_peft.training.callback import PEFTCallback
 from lightning_peft.training.generation import answer_scores, generate, matched
 from lightning_peft.training.losses import LossWindow, summed_loss
 from lightning_peft.training.metrics import F1, Accuracy, collection
 from lightning_peft.training.param_groups import far_off, parameter_groups, set_rates, suggestion
+from lightning_peft.training.restoring import lenient, prepare
 from lightning_peft.training.schedulers import SCHEDULES, ScheduleName, scheduler
 from lightning_peft.training.tasks import TASKS, classify
 from lightning_peft.training.tokens import add_special_tokens, with_new_rows
@@ -127,15 +127,18 @@ class PEFTLightningModule(pl.LightningModule):
         self.task = TASKS[task]
         self.labels = [str(label) for label in labels] if labels is not None else None
         self.special_tokens = list(special_tokens or ())
-        self.extra_modules = extra_modules
+        self.extra_modules: Literal["auto"] | list[str] = extra_modules
         self.gradient_checkpointing = gradient_checkpointing
         self.lr, self.weight_decay = lr, weight_decay
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.warmup, self.lr_scheduler_interval = warmup, lr_scheduler_interval
         self.answers, self.generation = answers, dict(generation or {})
-        self.adapter_name, self.adapter_dtype = adapter_name, adapter_dtype
-        self.callback_options = dict(callback or {})
-        self.strict_loading = False  # a checkpoint holds the adapter only; its keys are checked in on_load_checkpoint
+        self.adapter_name = adapter_name
+        self.peft = PEFTCallback(
+            self.strategy, **{"name": adapter_name, "module": BASE, "adapter_dtype": adapter_dtype, **(callback or {})}
+        )
+        self.strict_loading = False  # a checkpoint holds the adapter only; `lenient` is strict about that
+        lenient(self, (adapter_name,))
         self.metrics = nn.ModuleDict()
         self.base = None
         self.source: BaseSource | None = None
@@ -154,6 +157,7 @@ class PEFTLightningModule(pl.LightningModule):
                 del self.hparams[name]
         if isinstance(self.hparams["strategy"], (PEFTStrategy, list, tuple)):
             self.hparams["strategy"] = self.strategy.to_dict()
+        self._hparams_initial = copy.deepcopy(self._hparams)  # what loggers write
         if isinstance(base, nn.Module):
             self.base = base
             self.configure_model()
@@ -204,16 +208,16 @@ class PEFTLightningModule(pl.LightningModule):
             assert self.source is not None
             loaded = load_model(self.source, self.task.name, self.labels if self.task.needs_labels else None)
             self.base, new = loaded.model, loaded.new_modules
-        elif self.task.needs_labels and "head" in (roles := anatomy_of(self.base).roles):
-            new = tuple(site.path for site in roles["head"])
+        elif self.task.needs_labels:
+            new = tuple(site.path for site in anatomy_of(self.base).roles.get("head", ()))
         self.base.train()  # HF leaves eval mode, in which dropout and activation checkpointing are off
         self._fit_config()
         if self.special_tokens:
-            self.strategy = with_new_rows(self.strategy, self.base, self.tokenizer, self.special_tokens)
-        handle = inject(self.base, self.strategy, self.adapter_name, adapter_dtype=self.adapter_dtype)
-        paths = list(new) if self.extra_modules == "auto" else list(self.extra_modules)
-        self.extra_modules = list(find_extras(self, self.base, [f"{BASE}.{p}" if p in new else p for p in paths]))
-        train_whole(handle, [self.get_submodule(path) for path in self.extra_modules])
+            self.peft.strategy = with_new_rows(self.strategy, self.base, self.tokenizer, self.special_tokens)
+        if self.extra_modules == "auto":
+            self.extra_modules = [f"{BASE}.{path}" for path in new]
+        self.peft.extra_modules = tuple(dict.fromkeys((*self.peft.extra_modules, *self.extra_modules)))
+        self.peft.install(self)
         if self.gradient_checkpointing:
             self._recompute_activations()
         for split in ("val", "test"):
@@ -244,11 +248,36 @@ class PEFTLightningModule(pl.LightningModule):
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Add the callback that saves, checks and exports the adapter, unless the Trainer has one for it."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PEFTCallback) and callback.name == self.adapter_name:
-                return []
-        return [PEFTCallback(self.strategy, name=self.adapter_name, module=BASE, **self.callback_options)]
+        """Add the callback that saves, checks and exports the adapter, unless the Trainer has one of this name.
+
+        Raises:
+            ConfigError: The Trainer's has another strategy.
+        """
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        given = next((c for c in callbacks if isinstance(c, PEFTCallback) and c.name == self.adapter_name), None)
+        if given is None:
+            return [self.peft]
+        if given is not self.peft:
+            if given.strategy not in (self.strategy, self.peft.strategy):
+                raise ConfigError(
+                    f"the Trainer's PEFTCallback has {given.strategy}, the module {self.strategy}, both named '{self.adapter_name}'. "
+                    "Give them the same strategy, or leave the callback out and pass its options as callback=."
+                )
+            given.strategy, given.module = self.peft.strategy, BASE
+            given.extra_modules = tuple(dict.fromkeys((*self.peft.extra_modules, *given.extra_modules)))
+            self.peft = given
+        return []
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or strategy; with a Trainer its PEFTCallback has done so already."""
+        if self._trainer is not None:
+            return
+        checkpoint.update(prepare(checkpoint, "the checkpoint", self, [(self.peft, self.handle)]))
+        extras = self.peft.extras_of(self)
+        needed = [f"{path}.{name}" for path, extra in extras.items() for name, _ in extra.named_parameters()]
+        lost = sorted(set(needed) - set(checkpoint["state_dict"]))
+        if lost:
+            raise CompatibilityError(f"the checkpoint lacks '{lost[0]}' of the extra modules, which would keep its random values.")
 
     @contextmanager
     def base_only(self) -> Iterator[None]:

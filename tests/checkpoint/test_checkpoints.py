@@ -86,6 +86,19 @@ def test_stamp_survives_weights_only_loading_and_json(tmp_path: Path) -> None:
     assert manifests_of(again) == found["peft"]["adapters"]
 
 
+def test_inspect_says_what_is_there(tmp_path: Path) -> None:
+    whole = Whole()
+    head = {f"head.{k}": v for k, v in whole.head.state_dict().items()}
+    lp.save_adapter(adapted(whole.net, STRATEGIES["composed"]), tmp_path, root="net", extra_state=head)
+    text = lp.inspect_adapter(tmp_path)
+    assert "Compose(parts=[LoRA(targets={include: ['up', 'down']}, rank=2), BitFit()])" in text
+    assert "compose (version 1), lora (version 1), bitfit (version 1)" in text
+    assert f"6, {2 * (8 + 12) + 2 * (12 + 4) + 16} numbers" in text
+    assert "extra      head.weight, head.bias" in text
+    assert "root       net" in text
+    assert lp.inspect_adapter(tmp_path / "adapter.safetensors").splitlines()[1:] == text.splitlines()[1:]
+
+
 # ---------------------------------------------------------------- keys
 
 
@@ -166,6 +179,7 @@ def test_base_check_on_meta_is_deferred() -> None:
         model.load_state_dict(Net(seed).state_dict())
         with torch.no_grad():
             model.up.bias.add_(1)  # what a resumed BitFit run has trained
+        assert manifest_of(handle)["base"]["values"] is not None  # a file saved from here on can be checked
         if seed == 0:
             assert check_base(handle, manifest) is None
         else:

@@ -56,7 +56,9 @@ def test_shared_tensors_are_stored_once(tmp_path: Path) -> None:
     handle = adapted(Net(), STRATEGIES["vera"])
     lp.save_adapter(handle, tmp_path)
     state = read_adapter(tmp_path).state
-    assert sum(t.numel() for t in state.values()) == 4 * 12 + 12 * 4 + (4 + 12) + (4 + 4)  # A (r x in), B (out x r); d and b twice
+    assert sum(t.numel() for t in state.values()) == 4 * 12 + 12 * 4 + (4 + 12) + (
+        4 + 4
+    )  # A (r x in), B (out x r); d and b twice
 
 
 def test_tensors_that_are_views_of_one_storage_are_stored_apart(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_adapter_of_a_replaced_module_is_not_saved(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- atomic
 
 
-@pytest.fixture()
+@pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, torch.Tensor]:
     """A folder with an adapter, and its output."""
     model = Net()

@@ -36,8 +36,8 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return apply
 
 
-def edit_bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
+def edit_bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -69,7 +69,7 @@ def sharded(folder: Path) -> None:
     (folder / ".metadata").write_text("")
 
 
-BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated tensors": (edit_bytes("adapter.safetensors", lambda d: d[: len(d) // 2]), "truncated or corrupted"),
     "empty tensors": (edit_bytes("adapter.safetensors", lambda d: b""), "truncated or corrupted"),
     "bit flipped": (edit_bytes("adapter.safetensors", flip), "truncated or corrupted"),
@@ -85,6 +85,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "misspelt field": (edit(lambda m: m.update(roots=m.pop("root"))), "unknown field 'roots'. Did you mean 'root'"),
     "missing field": (edit(lambda m: m.pop("tensors")), "lacks the field 'tensors'"),
     "field of another type": (edit(lambda m: m.update(root=None)), "'root' is NoneType, not str"),
+    "no dtype": (edit(lambda m: m.update(adapter_dtype="int3")), "adapter_dtype 'int3' is none of"),
     "unknown tensor field": (edit(lambda m: m["tensors"]["up.lora_A"].update(scale=2)), "up.lora_A"),
     "unknown base field": (edit(lambda m: m["base"].update(colour=1)), "base is"),
     "values are words": (edit(lambda m: m["base"]["values"]["up.weight"].update(entries=["a"])), "else than numbers"),
@@ -106,7 +107,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_broken_folder_is_refused_and_changes_nothing(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_broken_folder_is_refused_and_changes_nothing(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     damage(save(tmp_path))
     model = Net()
     before = snapshot(model)
@@ -224,7 +225,7 @@ def test_base_without_values_is_refused_after_saying_that_it_was_not_compared(tm
 # ---------------------------------------------------------------- versions
 
 
-@pytest.fixture()
+@pytest.fixture
 def methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry of the test's own."""
     registry.list_methods()
@@ -299,7 +300,7 @@ class Custom:
 
 
 LIVE = "net.up.peft.default.lora_A"
-BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
+BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no adapter": (edit_checkpoint(lambda c: c.pop("peft")), "holds no adapter.*PEFTCallback"),
     "foreign entry": (edit_checkpoint(lambda c: c.update(peft=[1])), "not one of lightning_peft"),
     "newer": (edit_checkpoint(lambda c: c["peft"].update(format=2)), "format 2.*pip install -U"),
@@ -308,15 +309,15 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "tensor gone": (edit_checkpoint(lambda c: c["state_dict"].pop(LIVE)), r"\['up.lora_A'\] missing"),
     "tensor changed": (edit_checkpoint(lambda c: c["state_dict"][LIVE].add_(1)), "'up.lora_A' has crc32"),
     "own class": (edit_checkpoint(lambda c: c.update(hyper_parameters=Custom())), "save_hyperparameters"),
-    "truncated": (lambda p: (torch.save(checkpoint(), p), p.write_bytes(p.read_bytes()[:3000])) and None, "truncated"),
-    "empty": (lambda p: p.write_bytes(b"") and None, "truncated"),
-    "text": (lambda p: p.write_text("hello") and None, "no checkpoint"),
+    "truncated": (lambda p: (torch.save(checkpoint(), p), p.write_bytes(p.read_bytes()[:3000])), "truncated"),
+    "empty": (lambda p: p.write_bytes(b""), "truncated"),
+    "text": (lambda p: p.write_text("hello"), "no checkpoint"),
     "a tensor": (lambda p: torch.save(torch.ones(2), p), "holds Tensor"),
 }
 
 
 @pytest.mark.parametrize(("write", "message"), BROKEN_CHECKPOINTS.values(), ids=BROKEN_CHECKPOINTS)
-def test_broken_checkpoint_is_refused(write: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_broken_checkpoint_is_refused(write: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     write(path)
     model = Whole()

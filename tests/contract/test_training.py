@@ -73,7 +73,7 @@ def test_gradients_are_equal_under_gradient_checkpointing(case: Case) -> None:
         train_mode(model)
         own = getattr(model, "supports_gradient_checkpointing", False)
         if checkpointing and own:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if checkpointing and not own:
             out = torch.utils.checkpoint.checkpoint(lambda: flat(model(**batch)), use_reentrant=False)
         else:

@@ -154,7 +154,9 @@ def test_entries_are_those_of_the_model() -> None:
 def test_a_changed_structure_is_named(part: str) -> None:
     model, other = llama(tied=False), llama(tied=False)
     layer = other.get_submodule(part)
-    other.set_submodule(part, nn.LayerNorm(64, bias=False) if "norm" in part else nn.Linear(64, layer.out_features + 1, bias=False))
+    other.set_submodule(
+        part, nn.LayerNorm(64, bias=False) if "norm" in part else nn.Linear(64, layer.out_features + 1, bias=False)
+    )
     reason = compare_fingerprints(fingerprint(model), fingerprint(other))
     if "norm" in part:
         assert reason is None or "structure" not in reason  # the same parameter: what it does is not seen here
@@ -243,7 +245,9 @@ def test_other_parameters_than_layers_count_too() -> None:
     torch.manual_seed(0)
     model = Odd(1.5)
     tensors = fingerprint(model)["structure"]["tensors"]
-    assert tensors["scale scalar"] == tensors["table 3x4"] == tensors["empty 0x3"] == tensors["attention.in_proj_weight 12x4"] == 1
+    assert (
+        tensors["scale scalar"] == tensors["table 3x4"] == tensors["empty 0x3"] == tensors["attention.in_proj_weight 12x4"] == 1
+    )
     assert tensors["conv.weight 4x1x3x3"] == 1
     torch.manual_seed(0)
     reason = compare_fingerprints(fingerprint(model), fingerprint(Odd(1.6)))
@@ -265,7 +269,7 @@ def test_a_base_that_is_not_finite_agrees_with_nothing_finite(bad: float) -> Non
 # ---------------------------------------------------------------- sharded
 
 
-@pytest.fixture()
+@pytest.fixture
 def mesh() -> Iterator[Any]:
     """This process is rank 0 of 2; the other one is not needed, since nothing is communicated."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -279,7 +283,9 @@ def sharded(model: nn.Module, mesh: Any, store: Callable[[Tensor], Tensor] = lam
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
-                module._parameters[name] = nn.Parameter(distribute_tensor(store(p.detach()), mesh, [Shard(0)], src_data_rank=None))
+                module._parameters[name] = nn.Parameter(
+                    distribute_tensor(store(p.detach()), mesh, [Shard(0)], src_data_rank=None)
+                )
     return model
 
 

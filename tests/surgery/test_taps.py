@@ -16,14 +16,20 @@ import transformers as hf
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.errors import ConfigError, PortError, TargetError
-from lightning_peft.strategies import LoRA, inject
+from lightning_peft.errors import AdapterBypassedError, ConfigError, PortError, TargetError
+from lightning_peft.strategies import Compose, LoRA, inject
 from lightning_peft.strategies.additive import PrefixTuning, PromptTuning
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.prefixes import ATTENTION, _implementation
 
 N = 3
-SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+}
 PLAIN = {"initializer_range": 0.3}  # large weights: every position matters visibly
 
 
@@ -72,7 +78,10 @@ def bart(implementation: str = "sdpa") -> nn.Module:
 
 DECODERS = {"llama": llama, "gpt2": gpt2}
 MODELS: dict[str, Callable[..., nn.Module]] = {**DECODERS, "bert": bert, "roberta": roberta, "t5": t5, "bart": bart}
-METHODS = {"prompt": PromptTuning(num_virtual_tokens=N), "prefix": PrefixTuning(num_virtual_tokens=N, projection=True, projection_size=8)}
+METHODS = {
+    "prompt": PromptTuning(num_virtual_tokens=N),
+    "prefix": PrefixTuning(num_virtual_tokens=N, projection=True, projection_size=8),
+}
 
 
 def tokens(*shape: int) -> Tensor:
@@ -154,7 +163,9 @@ def test_left_padding_changes_nothing(name: str, method: str, implementation: st
     mask = (padded != 0).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     reference = model(ids).logits
-    torch.testing.assert_close(model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:], reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:], reference, rtol=1e-4, atol=1e-4
+    )
     if method == "prompt":  # positions are counted from the mask when none are given
         torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 4:], reference, rtol=1e-4, atol=1e-4)
 
@@ -171,7 +182,9 @@ def test_cached_steps_equal_one_forward(name: str, method: str, static: bool) ->
     steps, mask = [], torch.ones_like(ids)
     for start, stop in ((0, 4), (4, 7), (7, 8)):  # a prefill, a chunk, a single token
         positions = torch.arange(start, stop)[None]
-        out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, position_ids=positions, use_cache=True)
+        out = model(
+            ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, position_ids=positions, use_cache=True
+        )
         steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
     assert int(cache.get_seq_length()) == 8 + (N if method == "prompt" else 0)  # a prefix never enters the cache
@@ -200,7 +213,10 @@ def test_prompt_on_bert_hides_the_prompt_from_the_pooler() -> None:
     types = torch.zeros_like(ids)
     types[:, 4:] = 1
     embeds = torch.cat([prompt_of(handle).expand(2, -1, -1), plain.get_input_embeddings()(ids)], 1)
-    longer = {"attention_mask": torch.cat([mask.new_ones(2, N), mask], 1), "token_type_ids": torch.cat([types.new_zeros(2, N), types], 1)}
+    longer = {
+        "attention_mask": torch.cat([mask.new_ones(2, N), mask], 1),
+        "token_type_ids": torch.cat([types.new_zeros(2, N), types], 1),
+    }
     hidden = plain.bert(inputs_embeds=embeds, **longer).last_hidden_state[:, N:]
     logits = model(ids, attention_mask=mask, token_type_ids=types).logits
     torch.testing.assert_close(logits, plain.classifier(plain.bert.pooler(hidden)))
@@ -267,6 +283,29 @@ def test_two_prompts_generate_with_a_static_cache() -> None:
     reference = generate(model, input_ids=ids, use_cache=False)
     for options in ({}, {"cache_implementation": "static"}):
         assert torch.equal(generate(model, input_ids=ids, **options), reference)
+
+
+def test_prompt_with_a_sliding_window() -> None:
+    config = hf.MistralConfig(
+        **SIZES, **PLAIN, num_key_value_heads=2, sliding_window=6, max_position_embeddings=64, pad_token_id=0, eos_token_id=None
+    )
+    model = hf.MistralForCausalLM(config).eval()
+    plain = copy.deepcopy(model)
+    handle = inject(model, METHODS["prompt"])
+    ids = tokens(2, 7)
+    embeds = torch.cat([prompt_of(handle).expand(2, -1, -1), plain.get_input_embeddings()(ids)], 1)
+    reference = generate(plain, inputs_embeds=embeds, attention_mask=torch.ones(2, N + 7, dtype=torch.long))
+    for options in ({}, {"use_cache": False}):
+        assert torch.equal(generate(model, input_ids=ids, **options)[:, 7:], reference)
+    with pytest.raises(PortError, match="sliding-window"):
+        generate(model, input_ids=ids, cache_implementation="static")
+
+
+def test_prompt_refuses_a_decoder_that_does_not_make_its_masks() -> None:
+    sizes = hf.BertConfig(**SIZES), hf.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
+    model = hf.EncoderDecoderModel(encoder=hf.BertModel(sizes[0], add_pooling_layer=False), decoder=hf.BertLMHeadModel(sizes[1]))
+    with pytest.raises(PortError, match="ready-made"):
+        inject(model, METHODS["prompt"])
 
 
 def test_resized_embeddings_are_used() -> None:
@@ -407,7 +446,8 @@ def test_prefix_leaves_the_saved_config_alone(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
     model.config.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
-    assert ATTENTION not in text and "_peft" not in text
+    assert ATTENTION not in text
+    assert "_peft" not in text
     handle.remove()
     assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
 
@@ -422,6 +462,15 @@ def test_prefix_follows_a_change_of_the_attention_implementation() -> None:
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(PortError, match="flash_attention_2"):
         _implementation(handle.entries[0].module)
+
+
+def test_a_prefix_that_is_not_reached_raises() -> None:
+    model = llama()
+    inject(model, METHODS["prefix"])
+    attention = model.model.layers[1].self_attn
+    attention.config = model.config  # as code would that gives the module its config anew
+    with pytest.raises(AdapterBypassedError, match="layers.1.self_attn"):
+        model(tokens(1, 4))
 
 
 def test_prefix_refuses_other_attention_functions() -> None:
@@ -550,6 +599,29 @@ def test_a_tap_beside_lora(method: str) -> None:
     again = copy.deepcopy(model)
     torch.testing.assert_close(again(ids).logits, only, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(both, only)
+
+
+def test_taps_compose() -> None:
+    """Two soft prompts and two prefixes with trunks of their own, in one adapter."""
+    model, other = llama(), llama()
+    other.load_state_dict(model.state_dict())
+    prompt, prefix = METHODS.values()
+    handle = inject(model, Compose(parts=(prompt, prefix, prompt, prefix)))
+    ids = tokens(2, 5)
+    parts = [inject(other, part, str(i)) for i, part in enumerate((prompt, prefix, prompt, prefix))]
+    state = handle.state_dict()
+    assert handle.num_trainable() == sum(p.num_trainable() for p in parts)
+    for i, part in enumerate(parts):
+        part.load_state_dict({k: state[_composed(k, i)] for k in part.state_dict()})
+    torch.testing.assert_close(model(ids).logits, other(ids).logits)
+    assert torch.equal(generate(model, input_ids=ids), generate(model, input_ids=ids, use_cache=False))
+
+
+def _composed(key: str, index: int) -> str:
+    if key.startswith("shared-"):
+        return key.replace("shared-", f"shared-{index}-", 1)
+    path, _, rest = key.partition(".tokens.")
+    return f"{path}.{index}.tokens.{rest}"
 
 
 def test_targets_are_refused() -> None:

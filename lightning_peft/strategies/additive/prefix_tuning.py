@@ -42,6 +42,8 @@ from lightning_peft.surgery.prefixes import prefix_tap
 class PrefixTuning(PEFTStrategy):
     """Learned keys and values in front of those of every attention module. Not an identity at the start: they take attention.
 
+    The text keeps its positions, from 0 on; HF peft's text starts at position p. Works with ``attn_implementation`` sdpa and eager.
+
     Args:
         num_virtual_tokens: p. The paper uses 5 (table-to-text) to 200 (summarisation).
         projection: Compute keys and values with an MLP from p embeddings (the paper's reparametrisation).
@@ -68,8 +70,8 @@ class PrefixTuning(PEFTStrategy):
     def plan(self, anatomy: Anatomy) -> Plan:
         ports = anatomy.port(AttentionPort)
         if not self.projection:
-            build = functools.partial(_build_tokens, count=self.num_virtual_tokens, std=self.init_std)
-            return Plan(tuple(prefix_tap(port, build) for port in ports))
+            tokens = functools.partial(_build_tokens, count=self.num_virtual_tokens, std=self.init_std)
+            return Plan(tuple(prefix_tap(port, tokens) for port in ports))
         widths: dict[str, int] = {}
         for port in ports:
             widths[_trunk(port)] = max(widths.get(_trunk(port), 0), _width(port))
@@ -77,8 +79,8 @@ class PrefixTuning(PEFTStrategy):
             name: functools.partial(PrefixTrunk, count=self.num_virtual_tokens, width=width, middle=self.projection_size)
             for name, width in widths.items()
         }
-        build = functools.partial(_build_projected, dropout=self.dropout)
-        return Plan(tuple(prefix_tap(port, build) for port in ports), shared)
+        projected = functools.partial(_build_projected, dropout=self.dropout)
+        return Plan(tuple(prefix_tap(port, projected) for port in ports), shared)
 
 
 def _width(port: AttentionPort) -> int:

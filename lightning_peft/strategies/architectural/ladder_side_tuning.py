@@ -1,5 +1,4 @@
-"""Ladder side tuning: Sung et al. 2022, "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning",
-arXiv 2206.06522, section 3.
+"""LST: Sung et al. 2022, "Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", arXiv 2206.06522, section 3.
 
 A small network runs beside the frozen model and reads its blocks through gates; no gradient, and so no stored activation, enters the
 frozen model. Deviations from the paper: the side network's output is added to the frozen model's instead of taking its place, with
@@ -63,7 +62,9 @@ class LadderSideTuning(PEFTStrategy):
         require(self.reduction >= 1, self, "reduction", "it must be at least 1")
         require(self.heads >= 0, self, "heads", "it must be at least 0")
         require(self.output in ("add", "replace"), self, "output", "it is one of add, replace")
-        require(self.layers is None or len(set(self.layers)) == len(self.layers) > 0, self, "layers", "it names blocks, each once")
+        require(
+            self.layers is None or len(set(self.layers)) == len(self.layers) > 0, self, "layers", "it names blocks, each once"
+        )
         require(self.hidden is None or self.hidden >= 1, self, "hidden", "it must be at least 1")
         if self.targets is not None:
             raise TargetError("LadderSideTuning acts on the model's body; `targets` has no meaning. Choose blocks with `layers`.")
@@ -82,7 +83,9 @@ class LadderSideTuning(PEFTStrategy):
             raise ConfigError(f"LadderSideTuning: layers={list(used)}, but the model has blocks 0 to {count - 1}.")
         hidden = self.hidden or port.hidden
         if hidden is None:
-            raise ConfigError(f"LadderSideTuning: the width of the hidden states of {type(anatomy.root).__name__} is unknown. Set hidden.")
+            raise ConfigError(
+                f"LadderSideTuning: the width of the hidden states of {type(anatomy.root).__name__} is unknown. Set hidden."
+            )
         width = hidden // self.reduction
         if width < 1 or (self.heads and width % self.heads):
             raise ConfigError(
@@ -99,12 +102,19 @@ class LadderSideTuning(PEFTStrategy):
         if self.causal is not None:
             return self.causal
         blocks = [anatomy.root.get_submodule(path) for path in port.blocks]
-        if all(isinstance(block, nn.TransformerEncoderLayer) for block in blocks):
-            if not all(block.self_attn.batch_first for block in blocks):
-                raise PortError("LadderSideTuning: the blocks take (length, batch, d). Build them with batch_first=True, or set heads=0.")
+        layers = [block for block in blocks if isinstance(block, nn.TransformerEncoderLayer)]
+        if len(layers) == len(blocks):
+            if not all(layer.self_attn.batch_first for layer in layers):
+                raise PortError(
+                    "LadderSideTuning: the blocks take (length, batch, d). Build them with batch_first=True, or set heads=0."
+                )
             return False  # causality comes with the mask
-        stacks = [p for p in anatomy.ports.get("embeddings", ()) if isinstance(p, EmbeddingsPort) and is_within(port.path, p.path)]
-        attentions = [p for p in anatomy.ports.get("attention_kv", ()) if isinstance(p, AttentionPort) and is_within(p.path, port.path)]
+        stacks = [
+            p for p in anatomy.ports.get("embeddings", ()) if isinstance(p, EmbeddingsPort) and is_within(port.path, p.path)
+        ]
+        attentions = [
+            p for p in anatomy.ports.get("attention_kv", ()) if isinstance(p, AttentionPort) and is_within(p.path, port.path)
+        ]
         if not stacks and not attentions:
             raise ConfigError(
                 f"LadderSideTuning: whether {type(anatomy.root).__name__} is causal is unknown, and a wrong guess would let positions "

@@ -1,3 +1,4 @@
 """Methods that train a part of the base's own parameters."""
 
 from lightning_peft.strategies.selective.bitfit import BitFit as BitFit
+from lightning_peft.strategies.selective.token_rows import TokenRows as TokenRows
