@@ -124,10 +124,10 @@ def _write_tensors(adapter: AdapterFile, path: Path) -> None:
     seen: set[int] = set()
     for key, tensor in named.items():
         tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:  # safetensors stores no views
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:  # safetensors refuses two tensors in one storage
             tensor = tensor.clone()
-        seen.add(storage.data_ptr())
+        seen.add(storage)
         plain[key] = tensor
     try:
         save_file(plain, path)

@@ -59,6 +59,7 @@ def load_adapter(
         )
     replaced = _extra_targets(model, prefix, adapter)
     handle = inject(root, adapter.strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)
+    handle.usage = dict(manifest.get("usage", {}))
     try:
         empty = [key for key, tensor in handle.state_dict().items() if tensor.is_meta]
         if empty:

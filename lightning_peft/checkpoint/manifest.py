@@ -22,7 +22,8 @@ Manifest = dict[str, Any]
 FORMAT = 1
 UPGRADE = "Upgrade the package: pip install -U lightning-peft."
 
-# Every field and the type of its value. "file" describes the tensor file and is absent in a checkpoint.
+# Every field and the type of its value. "file" describes the tensor file and is absent in a checkpoint; "usage" says what the
+# adapter was trained for (name of the base, task, prompt) and may be absent.
 _FIELDS: dict[str, type] = {
     "format": int,
     "package_version": str,
@@ -35,7 +36,7 @@ _FIELDS: dict[str, type] = {
     "tensors": dict,
     "extra": dict,
 }
-_OPTIONAL: dict[str, type] = {"file": dict}
+_OPTIONAL: dict[str, type] = {"file": dict, "usage": dict}
 _NESTED: dict[str, dict[str, tuple[type, ...]]] = {
     "base": {"structure": (dict,), "values": (dict, type(None))},
     "file": {"sha256": (str,)},
@@ -88,6 +89,7 @@ def manifest_of(
         "adapter_dtype": dtypes.pop() if len(dtypes) == 1 and dtypes <= _ADAPTER_DTYPES else "auto",
         "tensors": {key: _describe(key, tensor) for key, tensor in tensors.items()},
         "extra": {key: _describe(key, tensor) for key, tensor in (extra_state or {}).items()},
+        **({"usage": dict(handle.usage)} if handle.usage else {}),
     }
 
 

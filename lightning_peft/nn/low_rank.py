@@ -75,7 +75,8 @@ class LowRankAdapter(DeltaModule):
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
         """(..., in) -> (..., out); the branch computes in the dtype of the activation."""
         A, B = self.factors()
-        branch = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        # The input of an embedding is token ids, of which nothing can be dropped.
+        branch = F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
         return base(x) + base.mix(self.scaling * base.project(branch, A), B, self.spec.groups)
 
     def delta(self) -> Tensor:

@@ -66,6 +66,8 @@ class Handle:
         self.checked = False
         self._disabled = False
         self.shared: dict[str, nn.Module] = {}
+        # Plain values that are saved with the adapter: its base's name, task and prompt. Nothing here reads them.
+        self.usage: dict[str, Any] = {}
         self.base_fingerprint: dict[str, Any] | None = None
         self._originals: dict[str, Tensor] = {}
         self._backups: list[tuple[Tensor, Tensor]] = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from lightning_peft.errors import UnsupportedLayerError
 from lightning_peft.nn.adapter import LayerSpec
@@ -130,7 +131,11 @@ class EmbeddingKind(LayerKind):
 
     def spec(self, module: nn.Module, tensor: str) -> LayerSpec:
         weight = parameter(module, tensor)
-        return _spec("embedding", module, weight, weight.shape[1], weight.shape[0], has_bias=False)
+        if getattr(module, "max_norm", None) is not None:
+            raise UnsupportedLayerError(f"{type(module).__name__} rewrites its own weight (max_norm); it cannot be adapted.")
+        # A forward of its own does something else than a look-up; then only the weight itself can be adapted exactly.
+        plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return _spec("embedding", module, weight, weight.shape[1], weight.shape[0], has_bias=False, has_input=plain)
 
     def canonical(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -141,6 +146,9 @@ class EmbeddingKind(LayerKind):
     def project(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         weight = parameter(module, "weight")
         looked_up = F.embedding(x, A.T.to(weight.dtype))
+        scale = getattr(module, "embed_scale", None)  # the scaled embeddings of BART-like models and of Gemma 3
+        if scale is not None:
+            looked_up = looked_up * (scale.to(weight.dtype) if isinstance(scale, Tensor) else scale)
         padding = getattr(module, "padding_idx", None)
         # nn.Embedding sends no gradient to the padding row; neither does its adapter.
         return looked_up if padding is None else torch.where((x == padding)[..., None], looked_up.detach(), looked_up)
@@ -161,7 +169,9 @@ class ConvKind(LayerKind):
 
     def spec(self, module: nn.Module, tensor: str) -> LayerSpec:
         weight = parameter(module, tensor)
-        return _spec("conv", module, weight, weight.shape[0], weight[0].numel(), groups=module.groups)
+        # A forward of its own (weight standardisation, dynamic padding) is more than a convolution with the weight.
+        plain = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+        return _spec("conv", module, weight, weight.shape[0], weight[0].numel(), groups=module.groups, has_input=plain)
 
     def canonical(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -242,7 +252,7 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     its name and a one-dimensional weight.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or isinstance(module, nn.MultiheadAttention):
+    if not isinstance(weight, Tensor) or is_lazy(weight) or isinstance(module, nn.MultiheadAttention):
         return None
     if isinstance(module, nn.Linear):
         return LINEAR

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_peft.errors import UnsupportedLayerError
 from lightning_peft.nn.adapter import LayerSpec
@@ -87,6 +88,10 @@ def make_site(
     """
     module = root.get_submodule(path)
     kind = kind or layer_kind(module)
+    if kind is None and is_lazy(getattr(module, tensor, None)):
+        raise UnsupportedLayerError(
+            f"'{path}' ({type(module).__name__}) is lazy and has no shape yet. Run one forward before injecting."
+        )
     if kind is None:
         raise UnsupportedLayerError(
             f"'{path}' is a {type(module).__name__}, which has no weight that an adapter can attach to. Target one of its "

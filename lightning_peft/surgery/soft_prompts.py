@@ -11,7 +11,7 @@ The stack sees ``[P; Emb(x)]`` wherever it starts a sequence; everything around 
 * Encoder of an encoder-decoder: the decoder attends to the prompt too, so the encoder's output stays N longer and the decoder's
   ``encoder_attention_mask`` grows to match.
 
-Packed rows (several sequences in one row, told apart by positions) are not supported: only the first would have the prompt.
+Packed rows (several sequences in one row, told apart by positions) are refused: only the first would have the prompt.
 """
 
 from __future__ import annotations
@@ -159,16 +159,15 @@ class SoftPrompt(CallAdapter):
         if source is None:
             return base(**call)  # the stack's own error says what is missing
         past = 0 if cache is None else int(cache.get_seq_length())
-        length = source.shape[1]
+        batch, length = source.shape[:2]
         self._check_room(past, length, cache)
-        self._set_positions(call, past, length)
+        self._set_positions(call, past, batch, length)
         mask = call.get("attention_mask")
         if mask is not None:
             capacity = _static_length(cache)
             call["attention_mask"] = _lengthen(mask, self.count, causal=self.port.causal, start=past == 0, capacity=capacity)
         if past:
             return base(**call)
-        batch = source.shape[0]
         if embeds is None:
             embeds = self.owner.get_submodule(self.embedding)(ids)
         prompt = self.tokens().to(device=embeds.device, dtype=embeds.dtype).expand(batch, -1, -1)  # (B, N, d)
@@ -198,7 +197,7 @@ class SoftPrompt(CallAdapter):
                 f"{self.count} longer."
             )
 
-    def _set_positions(self, call: dict[str, Any], past: int, length: int) -> None:
+    def _set_positions(self, call: dict[str, Any], past: int, batch: int, length: int) -> None:
         """Give the text its positions after the prompt. Where the stack would count the same way itself, leave it to it."""
         if "position_ids" not in self.names:
             return
@@ -206,6 +205,14 @@ class SoftPrompt(CallAdapter):
         padding = self.port.padding_position
         first = 0 if padding is None else padding + 1
         if positions is not None:
+            if mask is None and not past and self.port.causal and not torch.compiler.is_compiling():
+                if bool((positions.diff(dim=-1) != 1).any()):
+                    raise PortError(
+                        "position_ids that do not count up by one mean several sequences packed into one row, of which only the first "
+                        "would have the soft prompt. Do not pack, pass an attention mask, or use prefix tuning."
+                    )
+                # transformers takes any step in positions for the start of a packed sequence, unless there is a mask.
+                call["attention_mask"] = positions.new_ones(batch, length)
             text = positions + self.count  # (B or 1, S)
         elif padding is not None:
             if past or ids is None:

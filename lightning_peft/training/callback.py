@@ -53,6 +53,7 @@ class _Run:
     scale: float | None = None
     finished: bool = False
     saved_schedule: dict[str, Any] | None = None
+    resumed: list[rng.RNGState] | None = None
     pending_init: AdapterFile | None = None
 
 
@@ -412,6 +413,17 @@ class PEFTCallback(pl.Callback):
         """Keep running statistics still, whatever has called ``train()`` in between."""
         assert self.run.modes is not None
         self.run.modes.hold()
+        self.run.resumed = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore random states again where Lightning has entered a finished epoch once more and made an iterator for nothing.
+
+        It does so when a run that counts steps (``max_steps``) resumes; the iterator has drawn a seed.
+        """
+        run = self.run
+        if run.resumed is not None:
+            rng.restore_rank(run.resumed)
+            run.resumed = None
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Add the method's penalty to the loss."""
@@ -487,7 +499,8 @@ class PEFTCallback(pl.Callback):
         run = self.run
         if run.stage != "fit":  # Lightning restores callbacks for test and predict too, which are no continuation of a run
             return
-        rng.restore_rank(state_dict["rng"])
+        run.resumed = state_dict["rng"]
+        rng.restore_rank(run.resumed)
         run.saved_schedule = state_dict["schedule"]
         if run.schedule is not None:  # strategies that restore after on_fit_start
             run.schedule.load_state_dict(run.saved_schedule)

@@ -218,10 +218,19 @@ class PEFTLightningModule(pl.LightningModule):
             self.extra_modules = [f"{BASE}.{path}" for path in new]
         self.peft.extra_modules = tuple(dict.fromkeys((*self.peft.extra_modules, *self.extra_modules)))
         self.peft.install(self)
+        if self.source is not None:
+            handle.usage |= {"base": self.source.name, "revision": self.source.revision, "dtype": self.source.dtype}
+        handle.usage |= {"task": self.task.name, "labels": self.labels}
         if self.gradient_checkpointing:
             self._recompute_activations()
         for split in ("val", "test"):
             self.metrics[split] = self.task.metrics(len(self.labels or ()))
+
+    def on_fit_start(self) -> None:
+        """Note on the adapter how its prompts are made, so that it can be asked the same way later."""
+        describe = getattr(getattr(self.trainer, "datamodule", None), "usage", None)
+        if describe is not None:
+            self.handle.usage |= describe()
 
     def _fit_config(self) -> None:
         """Read the classes from the base's config where nobody named them; give decoders that classify their pad token."""

@@ -134,6 +134,12 @@ def test_wrappers_leave_no_trace_in_files() -> None:
     assert strip_wrappers("a._fsdp_wrapped_module.b._checkpoint_wrapped_module._orig_mod.weight") == "a.b.weight"
 
 
+def test_an_adapter_tensor_goes_before_a_base_tensor_of_its_name() -> None:
+    live = ["net.a.peft.x.weight", "net.a.weight", "net.a.peft.y.weight", "net.a.bias", "other.weight"]
+    assert file_keys(live, "x", "net") == {"a.weight": "net.a.peft.x.weight", "a.bias": "net.a.bias"}
+    assert file_keys(reversed(live), "x", "net")["a.weight"] == "net.a.peft.x.weight"
+
+
 def test_two_tensors_with_one_key_are_refused_before_one_is_lost() -> None:
     """A file key holds no adapter name, so an adapter's tensor and a trained base tensor could meet in one."""
     handle = adapted(Net(), lp.BitFit())

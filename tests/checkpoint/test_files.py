@@ -107,6 +107,20 @@ def test_nested_root_loads_alone_and_in_the_whole(tmp_path: Path) -> None:
     assert torch.equal(other(x()), whole(x()))
 
 
+def test_root_that_is_a_sequential(tmp_path: Path) -> None:
+    """Its children run in order, the reserved one included."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+
+    first, second = model(), model()
+    lp.save_adapter(adapted(first, lp.VeRA(rank=4, targets=["0", "2"])), tmp_path)
+    lp.load_adapter(second, tmp_path)
+    assert torch.equal(second(x()), first(x()))
+    assert not torch.equal(second(x()), model()(x()))
+
+
 def test_extra_tensors_travel_with_the_adapter(tmp_path: Path) -> None:
     whole = Whole(head_seed=1)
     handle = adapted(whole.net)

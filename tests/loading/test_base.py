@@ -149,7 +149,7 @@ def gguf_file(tmp_path: Path):
     file.add_tokenizer_pre("default")
     tokens = ["<pad>", "<s>", "</s>", "[MASK]", "w", "0", "1", "w0", "w1", *tiny.WORDS[2:]][: tiny.VOCABULARY]
     file.add_token_list(tokens)
-    file.add_token_merges(["0 1"])
+    file.add_token_merges(["w 0", "w 1"])
     file.add_token_types([3] * 4 + [1] * (tiny.VOCABULARY - 4))
     file.add_bos_token_id(1)
     file.add_eos_token_id(2)

@@ -285,6 +285,18 @@ def test_two_prompts_generate_with_a_static_cache() -> None:
         assert torch.equal(generate(model, input_ids=ids, **options), reference)
 
 
+def test_packed_rows_are_refused_and_other_positions_are_not() -> None:
+    model = llama()
+    inject(model, METHODS["prompt"])
+    ids = tokens(2, 6)
+    with pytest.raises(PortError, match="packed into one row"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    late = model(ids, position_ids=torch.arange(9, 15)[None]).logits  # the prompt keeps positions 0 to N - 1, and is still seen
+    reference = model(ids, position_ids=torch.arange(9, 15)[None], attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(late, reference)
+    assert not torch.allclose(late, model(ids).logits)
+
+
 def test_prompt_with_a_sliding_window() -> None:
     config = hf.MistralConfig(
         **SIZES, **PLAIN, num_key_value_heads=2, sliding_window=6, max_position_embeddings=64, pad_token_id=0, eos_token_id=None
@@ -540,21 +552,23 @@ def test_deepcopy_pickle_and_remove(name: str, method: str) -> None:
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_pickle_in_a_fresh_process(method: str, tmp_path: Path) -> None:
-    model = llama()
-    inject(model, METHODS[method])
+def test_pickle_in_a_fresh_process(tmp_path: Path) -> None:
     ids = tokens(2, 5)
-    torch.save((model, ids, model(ids).logits), tmp_path / "model.pt")
+    for name, method in METHODS.items():
+        model = llama()
+        inject(model, method)
+        torch.save((model, ids, model(ids).logits), tmp_path / name)
     code = (
         "import sys, torch\n"
-        f"model, ids, logits = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
-        "assert torch.equal(model(ids).logits, logits)\n"
         "from lightning_peft.surgery.handle import handles\n"
-        "handles(model)['default'].remove()\n"
-        "assert not torch.equal(model(ids).logits, logits)\n"
+        "for path in sys.argv[1:]:\n"
+        "    model, ids, logits = torch.load(path, weights_only=False)\n"
+        "    assert torch.equal(model(ids).logits, logits)\n"
+        "    handles(model)['default'].remove()\n"
+        "    assert not torch.equal(model(ids).logits, logits)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, str(tmp_path / "prefix"), str(tmp_path / "prompt")]  # the prefix registers itself
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

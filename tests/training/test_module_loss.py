@@ -159,3 +159,14 @@ def test_look_ahead_hands_out_what_it_showed():
     assert ahead.peek(2) == [1, 2]
     assert ahead.peek(9) == [1, 2, 3, 4]
     assert list(ahead) == [1, 2, 3, 4]
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded", "ignore:.*sync_dist=True")
+def test_two_ranks_equal_one_large_batch():
+    batches = _batches()[:4]
+    first, second = _module(), _module()
+    trainer().fit(first, loader([_joined(batches)]))
+    trainer(strategy="ddp_fork", devices=2, accumulate_grad_batches=2).fit(second, loader(batches))
+    for name, value in trained(first).items():
+        assert (trained(second)[name] - value).abs().max() < 1e-12, name

@@ -38,7 +38,7 @@ class LoRA(PEFTStrategy):
     Args:
         rank: r, between 1 and the smaller side of the layer.
         alpha: Numerator of the scaling c = alpha / r.
-        dropout: Dropout on the input of the low-rank branch, in training, between 0 and 1.
+        dropout: Dropout on the input of the low-rank branch, in training, between 0 and 1; embeddings have none.
         rank_stabilized: Use c = alpha / sqrt(r) (rsLoRA, arXiv 2312.03732).
         rank_per_target: Other ranks for some targets, by role, name, glob or ``re:`` pattern; the first match wins.
         alpha_per_target: Other alphas for some targets.

@@ -278,6 +278,11 @@ class PEFTDataModule(pl.LightningDataModule):
             raise ConfigError("the tokenizer is not known before setup().")
         return self._text
 
+    def usage(self) -> dict[str, Any]:
+        """Return how texts become prompts, as plain values that are saved with an adapter."""
+        fields = {name: getattr(self.spec, name) for name in ("prompt", "chat_template", "system_prompt")}
+        return {name: value for name, value in fields.items() if value}
+
     def dataset(self, split: str) -> list[Example]:
         """Return the tokenised rows of a split, after :meth:`setup`."""
         if split not in self._examples:
