@@ -71,6 +71,7 @@ class Handle:
         self.base_fingerprint: dict[str, Any] | None = None
         self._originals: dict[str, Tensor] = {}
         self._backups: list[tuple[Tensor, Tensor]] = []
+        self._added: list[tuple[nn.Module, str]] = []
         # Partials of module-level functions, not closures: a deep copy of the model gets undo steps for the copy.
         self._restore: list[Callable[[], object]] = []
 
@@ -207,7 +208,9 @@ class Handle:
             if stored is None or (untie and self._tied(stored)):
                 new = nn.Parameter(value.clone(), requires_grad=False)
                 setattr(holder, attribute, new)
-                if exact and stored is not None:
+                if stored is None:
+                    self._added.append((holder, attribute))
+                elif exact:
                     self._backups.append((new, stored.detach().clone()))
                 continue
             if exact:
@@ -242,6 +245,12 @@ class Handle:
             known = writes.get((id(module), name))
             return known[2] if known else parameter(module, name).detach()
 
+        trained_by = self._claimed_elsewhere(parameter(module, site.tensor))
+        if trained_by is not None:
+            raise MergeError(
+                f"'{entry.path}.{site.tensor}' is trained by adapter '{trained_by}', whose originals would lack the merged effect. "
+                f"Merge or remove() '{trained_by}' first."
+            )
         full = pending(site.tensor)
         if full.is_meta:
             raise MergeError(f"'{entry.path}' is on the meta device; load its weights before merging.")
@@ -275,6 +284,14 @@ class Handle:
             )
         writes[id(module), site.tensor] = (module, site.tensor, stored)
 
+    def merged_entries(self) -> list[AttachEntry | ReparametrizeEntry]:
+        """Return the adapters whose effect is in the base weights now."""
+        return [e for e in self.entries if e.merged and isinstance(e, (AttachEntry, ReparametrizeEntry))]
+
+    def _claimed_elsewhere(self, weight: Tensor) -> str | None:
+        others = [h for h in handles(self.root).values() if h is not self and not h.merged]
+        return next((h.name for h in others if any(s.claimed and s.tensor() is weight for s in h.slots)), None)
+
     def _tied(self, weight: Tensor) -> bool:
         owners = [m for m in self.root.modules() for p in m._parameters.values() if p is weight]
         return len(owners) > 1
@@ -302,6 +319,9 @@ class Handle:
             self._backups.clear()
         else:
             self._subtract()
+        for holder, attribute in self._added:
+            setattr(holder, attribute, None)
+        self._added.clear()
         for entry in self.entries:
             entry.merged = False
         self.merged = False

@@ -16,7 +16,7 @@ from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan, Train
 from lightning_peft.surgery.fingerprint import base_fingerprint
 from lightning_peft.surgery.handle import Handle, Slot
-from lightning_peft.surgery.layers import MODULE
+from lightning_peft.surgery.layers import MODULE, parameter
 from lightning_peft.surgery.stack import (
     RESERVED,
     AdaptedForward,
@@ -253,6 +253,12 @@ def _check(surgery: Surgery, plan: Plan) -> None:
     inner = [path for path, _, stack in stacks(surgery.root) if path and stack._handles]
     if inner:
         raise ConflictError(f"'{inner[0]}' is an adapted root already; inject into that module, or remove() its adapters first.")
+    outer = [(path, e.name) for path, _, stack in stacks(surgery.root) for e in stack._entries if e.name not in surgery.handles]
+    if outer:
+        raise ConflictError(
+            f"'{outer[0][0] or 'the root'}' belongs to adapter '{outer[0][1]}' of an enclosing module. Inject into that module, or "
+            "remove() the adapter."
+        )
     for path, module in surgery.root.named_modules():
         if hasattr(module, RESERVED) and stack_of(module) is None:
             raise ConflictError(f"'{path or 'the root'}' has an attribute '{RESERVED}' of its own, a name reserved for adapters.")
@@ -262,6 +268,16 @@ def _check(surgery: Surgery, plan: Plan) -> None:
             raise ConflictError(f"two edits of one strategy meet at {edit.place[0] or 'the root'!r}; narrow their targets.")
         places.add(edit.place)
         edit.check(surgery)
-    merged = [h.name for h in surgery.handles.values() if h.merged]
-    if merged and not all(isinstance(e, Train) for e in plan.edits):
-        raise MergeError(f"adapter '{merged[0]}' is merged into the base; unmerge() it before installing '{name}'.")
+    _check_merged(surgery, plan)
+
+
+def _check_merged(surgery: Surgery, plan: Plan) -> None:
+    """Refuse adapters over a merged one, and training a weight that holds one: originals would be kept with its effect inside."""
+    held = {id(parameter(e.module, e.site.tensor)): h.name for h in surgery.handles.values() for e in h.merged_entries()}
+    for edit in plan.edits:
+        if isinstance(edit, Train):
+            name = held.get(id(parameter(surgery.root.get_submodule(edit.path), edit.tensor)))
+        else:
+            name = next(iter(held.values()), None)
+        if name is not None:
+            raise MergeError(f"adapter '{name}' is merged into the base; unmerge() it before installing '{surgery.name}'.")

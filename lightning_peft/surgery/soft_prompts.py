@@ -217,8 +217,7 @@ class SoftPrompt(CallAdapter):
         elif padding is not None:
             if past or ids is None:
                 return
-            real = (ids != padding).long()
-            text = (real.cumsum(-1) + self.count) * real + padding  # padding keeps its own position, as in RoBERTa
+            text = (ids != padding).cumsum(-1) + self.count + padding  # padding tokens are not counted
         elif self.port.causal and isinstance(mask, Tensor) and mask.dim() == 2:
             left = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # (B, 1): padding before the text
             text = torch.arange(mask.shape[1], device=mask.device)[None] - left

@@ -397,13 +397,13 @@ class PEFTCallback(pl.Callback):
         progress = trainer.fit_loop.epoch_loop.batch_progress
         if not trainer.fit_loop.restarting and not trainer.fit_loop.epoch_loop.restarting:
             return
-        if progress.current.completed == 0 or progress.is_last_batch:
+        if progress.current.ready == 0 or progress.is_last_batch:
             return
         for loader in trainer.fit_loop._combined_loader.flattened:
             if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
                 data = getattr(loader, "dataset", None)
                 warnings.warn(
-                    f"the checkpoint is from batch {progress.current.completed} of an epoch, and {type(loader).__name__} over "
+                    f"the checkpoint is from batch {progress.current.ready} of an epoch, and {type(loader).__name__} over "
                     f"{type(data).__name__} has no state to continue from: the rest of this epoch sees other batches than the "
                     "interrupted run. Resume at the end of an epoch, or use a loader with state_dict (PEFTDataModule has one).",
                     stacklevel=2,
@@ -453,15 +453,15 @@ class PEFTCallback(pl.Callback):
             return
         run.step, before, run.scale = trainer.global_step, run.scale, _scale(trainer)
         skipped = before is not None and run.scale is not None and run.scale < before
-        if run.schedule is not None:
-            for optimizer in stepped or [None]:
-                run.schedule.after_step(optimizer, skipped=skipped)
-        if run.sentinel is not None and not run.sentinel.done:
+        if run.sentinel is not None:  # before the schedule, which may put back what a step has moved (masks)
             report = run.sentinel.after_step(stepped, skipped=skipped or outputs is None)
             if run.sentinel.done:
                 sentinel, run.sentinel = run.sentinel, None
                 if report is not None:
                     sentinel.close(self.gradient_sentinel, report)
+        if run.schedule is not None:
+            for optimizer in stepped or [None]:
+                run.schedule.after_step(optimizer, skipped=skipped)
 
     def _check_ran(self, module: nn.Module, *, training: bool = True) -> None:
         """Raise if the module has run and some adapter has not; the root's own forward checks by itself where it is called."""

@@ -10,8 +10,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NoReturn
 
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_peft.checkpoint import inspect_adapter
@@ -30,6 +32,14 @@ TRAINER_COMMANDS = {
 }
 
 
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line, without the usage of a hundred options before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        self.exit(2, f"lightning-peft: {' '.join(message.split())}\n")
+        raise AssertionError("exit() returns nothing")
+
+
 class PEFTCLI(LightningCLI):
     """LightningCLI over our module and data module.
 
@@ -42,12 +52,19 @@ class PEFTCLI(LightningCLI):
             PEFTLightningModule,
             PEFTDataModule,
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
+            # Not Lightning's config.yaml: without a logger it lands in default_root_dir, where the user's own may lie.
+            save_config_kwargs={"config_filename": "config.resolved.yaml", "overwrite": True},
             trainer_defaults=trainer_defaults or None,
             seed_everything_default=0,
             args=list(args) if args is not None else None,
             run=run,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"lightning-peft {version('lightning-peft')}"])
+        parser = OneLineParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.task", "data.task")

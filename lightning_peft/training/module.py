@@ -217,10 +217,12 @@ class PEFTLightningModule(pl.LightningModule):
         if self.extra_modules == "auto":
             self.extra_modules = [f"{BASE}.{path}" for path in new]
         self.peft.extra_modules = tuple(dict.fromkeys((*self.peft.extra_modules, *self.extra_modules)))
-        self.peft.install(self)
+        handle = self.peft.install(self)
         if self.source is not None:
             handle.usage |= {"base": self.source.name, "revision": self.source.revision, "dtype": self.source.dtype}
         handle.usage |= {"task": self.task.name, "labels": self.labels}
+        if self.special_tokens:  # whoever loads the adapter has to make room for them (tokens.resize_embeddings)
+            handle.usage["vocabulary"] = len(self.tokenizer)
         if self.gradient_checkpointing:
             self._recompute_activations()
         for split in ("val", "test"):
@@ -368,7 +370,8 @@ class PEFTLightningModule(pl.LightningModule):
 
     def _metrics(self, name: str, **make: Any) -> MetricCollection:
         if name not in self.metrics:
-            self.metrics[name] = collection(**{key: new() for key, new in make.items()}).to(self.device)
+            with torch.inference_mode(False):  # `validate` runs in inference mode, `fit` validates without; sums must live in both
+                self.metrics[name] = collection(**{key: new() for key, new in make.items()}).to(self.device)
         found = self.metrics[name]
         assert isinstance(found, MetricCollection)
         return found
@@ -378,7 +381,8 @@ class PEFTLightningModule(pl.LightningModule):
             if name in self.metrics:
                 metrics = self._metrics(name)
                 seen = {f"{split}_{key}": metric.compute() for key, metric in metrics.items() if metric.update_called}
-                metrics.reset()
+                with torch.inference_mode(False):
+                    metrics.reset()
                 # Exact over ranks already: the metrics added their sums and counts.
                 self.log_dict(seen, prog_bar=True, rank_zero_only=False)
 

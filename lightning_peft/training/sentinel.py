@@ -28,6 +28,7 @@ class _Watched:
     reached: bool = False  # one at all
     in_optimizer: bool = False
     rate: bool = False  # a learning rate above zero
+    moved: bool = False
 
 
 @dataclass(eq=False)
@@ -80,6 +81,8 @@ class GradientSentinel:
             optimizers: The optimizers that stepped.
             skipped: The gradient scaler skipped the step.
         """
+        for tensor, record in self.watched.values():
+            record.moved |= not torch.equal(local(tensor.detach()), record.before)
         if not skipped and any(float(g["lr"]) > 0 for o in optimizers for g in o.param_groups):
             self.steps += 1
         return self.report() if self.steps == STEPS else None
@@ -93,9 +96,8 @@ class GradientSentinel:
         """Return one line per reason with the tensors it holds for, or None when everything trains."""
         reasons: dict[str, list[str]] = {}
         for tensor, record in self.watched.values():
-            moved = not torch.equal(local(tensor.detach()), record.before)
             exact = tensor.dtype.itemsize >= 4
-            if record.gradient and (moved or not exact):
+            if record.gradient and (record.moved or not exact):
                 continue
             reasons.setdefault(self._reason(tensor, record), []).append(record.key)
         if not reasons:

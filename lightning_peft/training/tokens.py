@@ -28,7 +28,7 @@ def add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
 def with_new_rows(strategy: PEFTStrategy, model: nn.Module, tokenizer: Any, tokens: Sequence[str]) -> PEFTStrategy:
     """Make room for ``tokens`` in the embeddings and return the strategy that trains their rows as well.
 
-    Must run before the injection. The new rows start as the mean of the old ones, the same on every rank and in every process.
+    Must run before the injection. New rows start as the mean of the old ones: the same on every rank and in every process.
 
     Raises:
         ConfigError: The model cannot resize its embeddings.

@@ -34,6 +34,25 @@ def calls(model: nn.Module, handle: lp.Handle, batch: dict[str, Tensor]) -> list
     return seen
 
 
+def merge(handle: lp.Handle, *, exact: bool = False) -> bool:
+    """Merge; where a weight is tied the refusal must come first, and ``untie`` helps. Return whether it did."""
+    before = snapshot(handle.root)
+    try:
+        handle.merge(exact=exact)
+    except MergeError as error:
+        assert "tied" in str(error)
+        assert_same(snapshot(handle.root), before)
+        handle.merge(exact=exact, untie=True)
+        return True
+    return False
+
+
+def needs_backup(handle: lp.Handle) -> bool:
+    """Whether some adapter cannot compute the old weight from the merged one."""
+    with torch.no_grad():
+        return any(e.adapter.unmerged(e.site.weight(e.module), e.site.bias(e.module)) is None for e in handle.entries)
+
+
 @over(MERGEABLE)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_forward_equals_merged_and_unmerge_returns(case: Case, training: bool) -> None:
@@ -45,7 +64,7 @@ def test_forward_equals_merged_and_unmerge_returns(case: Case, training: bool) -
     expected = run(model, batch)
     seen = calls(model, handle, batch)
     model.load_state_dict(weights)  # running statistics of BatchNorm in training
-    handle.merge()
+    merge(handle, exact=needs_backup(handle))
     assert handle.merged
     for module, args, kwargs, out in seen:
         with torch.no_grad():
@@ -69,9 +88,9 @@ def test_exact_merge_and_unmerge_return_every_bit_in_bf16(case: Case) -> None:
     model, handle = case.installed(torch.bfloat16)
     perturb(handle)
     before = snapshot(model)
-    handle.merge(exact=True)
+    untied = merge(handle, exact=True)
     handle.unmerge()
-    assert_same(snapshot(model), before)
+    assert_same(snapshot(model), before, objects=not untied)
 
 
 @over(MERGEABLE)
@@ -80,7 +99,7 @@ def test_merge_then_remove_leaves_a_plain_model_with_the_effect(case: Case) -> N
     model, handle = case.installed(torch.float64)
     perturb(handle)
     expected = run(model, batch)
-    handle.merge()
+    merge(handle)
     handle.remove()
     plain = case.backbone.fresh(torch.float64)
     assert list(model.state_dict()) == list(plain.state_dict())

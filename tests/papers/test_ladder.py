@@ -123,6 +123,8 @@ def test_autograd_keeps_nothing_from_inside_the_backbone(name: str) -> None:
     measured()
     assert any(width in s for s in shapes)  # the plain model does keep its wide activations
     handle = inject(model, LadderSideTuning(**SMALL, **extra))
+    if name != "encoder":
+        model.enable_input_require_grads()  # as activation checkpointing does: the backbone would record all the same
     seen: list[bool] = []
     hooks = [
         model.get_submodule(e.path).register_forward_hook(
@@ -246,6 +248,29 @@ def test_masks_of_torch_layers(boolean: bool) -> None:
     changed[:, 3:] += 1
     other = model(changed, mask=given[0], src_key_padding_mask=given[1])
     torch.testing.assert_close(full[:, :3], other[:, :3])
+
+
+class Stack(nn.Module):
+    """A model that hands boolean masks to torch's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for _ in range(3))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=padding)
+        return x
+
+
+def test_boolean_padding_of_torch_layers() -> None:
+    model = Stack().eval()
+    stir(inject(model, LadderSideTuning(**SMALL, hidden=32)))
+    x = torch.randn(2, 6, 32)
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    full = model(x, padding)
+    torch.testing.assert_close(full[1:, :4], model(x[1:, :4], padding[1:, :4]), rtol=1e-4, atol=1e-5)
 
 
 def test_generation() -> None:

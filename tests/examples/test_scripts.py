@@ -1,0 +1,37 @@
+"""The example scripts run as they stand, on tiny models; their real assets are fetched by a slow test only."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from examples import masked_lm
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] i will call you have a prize ! . now later today".split()
+
+
+def tiny_bert(folder: Path) -> Path:
+    """An encoder without a language-model head, as MiniLM is."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, **size)).save_pretrained(folder)
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = {f"{n}_token": f"[{n.upper()}]" for n in ("pad", "unk", "cls", "sep", "mask")}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
+    return folder
+
+
+def test_masked_lm(tmp_path: Path) -> None:
+    with (tmp_path / "texts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([f"i will call you {w} {'.' * n}"] for w in ("now", "later") for n in range(1, 30))])
+    base = tiny_bert(tmp_path / "bert")
+    found = masked_lm.main(str(base), str(tmp_path / "texts.csv"), steps=3, folder=str(tmp_path / "run"))
+    assert list(found) == masked_lm.TEXTS
+    assert all(len(words) == 1 for words in found.values())
+    assert (tmp_path / "run" / "adapter" / "last" / "adapter.safetensors").is_file()

@@ -1,0 +1,268 @@
+"""Design invariant 8: an interrupted run that resumes gives the weights of the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_peft.checkpoint import read_adapter
+from lightning_peft.errors import ConfigError
+from lightning_peft.training import rng
+from tests.backbones import VOCAB, llama
+from tests.training.toys import LORA, InConfigureModel, InSetup, Plain, adapter_state, callback, loader, same, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
+ADALORA = {
+    "class_path": "AdaLoRA",
+    "init_args": {"initial_rank": 2, "target_rank": 1, "warmup": 2, "final": 4, "targets": ["0", "3"], "dropout": 0.1},
+}
+COMPOSED = [ADALORA, {"class_path": "BitFit"}]
+
+
+class Interrupt(pl.Callback):
+    """Presses Ctrl-C at a step, in the middle of everything."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def fit(folder: Path, make: Any, strategy: Any, *extra: Any, path: Any = None, data: Any = None, keep: Any = None, **options: Any) -> Any:
+    """Fit four epochs from one seed; return the module and the Trainer."""
+    torch.manual_seed(11)
+    random.seed(11)
+    np.random.seed(11)
+    module = make()
+    checkpoints = ModelCheckpoint(folder, save_top_k=-1, filename="{step}", **(keep or {}))
+    options = {"max_epochs": 4, "enable_checkpointing": True, **options}
+    run = trainer(folder, callback(strategy), *extra, checkpoints, **options)
+    try:
+        run.fit(module, loader() if data is None else data, ckpt_path=path)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        assert any(isinstance(e, Interrupt) for e in extra)
+    return module, run
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Weights, optimizer and scheduler are the same, bit for bit."""
+    (module, run), (twin, twin_run) = one, other
+    assert same(dict(module.state_dict()), dict(twin.state_dict()))
+    states = [r.optimizers[0].state_dict()["state"] for r in (run, twin_run)]
+    assert states[0].keys() == states[1].keys()
+    for key, record in states[0].items():
+        assert same({k: torch.as_tensor(v) for k, v in record.items()}, {k: torch.as_tensor(v) for k, v in states[1][key].items()})
+    assert [c.scheduler.state_dict() for c in run.lr_scheduler_configs] == [c.scheduler.state_dict() for c in twin_run.lr_scheduler_configs]
+
+
+@pytest.mark.parametrize("make", [Plain, InConfigureModel, InSetup])
+@pytest.mark.parametrize("strategy", [LORA, ADALORA, COMPOSED], ids=["lora", "adalora", "composed"])
+def test_resume_after_ctrl_c_is_exact(make: Any, strategy: Any, tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", make, strategy)
+    fit(tmp_path / "part", make, strategy, Interrupt(9))
+    files = sorted(p.name for p in (tmp_path / "part").iterdir())
+    assert files == ["step=4.ckpt", "step=8.ckpt"]  # intact, and no adapter folder from half a run
+    resumed = fit(tmp_path / "part2", make, strategy, path=tmp_path / "part" / "step=8.ckpt")
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("options", [{"save_on_train_epoch_end": True}, {"every_n_train_steps": 4}])
+def test_resume_is_exact_wherever_an_epoch_end_is_saved(options: dict[str, Any], tmp_path: Path) -> None:
+    whole = fit(tmp_path / "a", Plain, LORA, keep=options)
+    assert_equal(whole, fit(tmp_path / "b", Plain, LORA, path=tmp_path / "a" / "step=8.ckpt", keep=options))
+
+
+def test_resume_is_exact_when_steps_are_counted(tmp_path: Path) -> None:
+    """With max_steps Lightning enters the finished epoch once more, and its iterator draws a seed."""
+    options = {"max_epochs": -1, "max_steps": 14}
+    whole = fit(tmp_path / "a", Plain, LORA, **options)
+    assert_equal(whole, fit(tmp_path / "b", Plain, LORA, path=tmp_path / "a" / "step=8.ckpt", **options))
+
+
+def test_resume_with_accumulation_is_exact(tmp_path: Path) -> None:
+    options = {"accumulate_grad_batches": 2}
+    whole = fit(tmp_path / "a", Plain, ADALORA, **options)
+    assert_equal(whole, fit(tmp_path / "b", Plain, ADALORA, path=tmp_path / "a" / "step=4.ckpt", **options))
+
+
+class Language(Plain):
+    """A causal LM as from_pretrained returns it: in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = llama(attention_dropout=0.1).eval()
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.net(input_ids=batch[0], labels=batch[0]).loss
+
+    def val_dataloader(self) -> Any:
+        return tokens(shuffle=False)
+
+
+class LazyLanguage(Language):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = llama(attention_dropout=0.1).eval()
+
+
+def tokens(*, shuffle: bool = True) -> Any:
+    ids = torch.randint(3, VOCAB, (8, 6), generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(ids), batch_size=4, shuffle=shuffle)
+
+
+@pytest.mark.parametrize("make", [Language, LazyLanguage])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.1}},
+        {"class_path": "PrefixTuning", "init_args": {"num_virtual_tokens": 2}},
+        {"class_path": "PromptTuning", "init_args": {"num_virtual_tokens": 2}},
+    ],
+    ids=["lora", "prefix", "prompt"],
+)
+def test_language_model_resumes_exactly(make: Any, strategy: Any, tmp_path: Path) -> None:
+    whole = fit(tmp_path / "a", make, strategy, data=tokens())
+    assert_equal(whole, fit(tmp_path / "b", make, strategy, path=tmp_path / "a" / "step=4.ckpt", data=tokens()))
+
+
+@pytest.mark.parametrize("make", [Plain, InConfigureModel])
+def test_adapters_are_fp32_under_bf16_true_and_resume_exactly(make: Any, tmp_path: Path) -> None:
+    options = {"precision": "bf16-true"}
+    module, run = fit(tmp_path / "a", make, LORA, **options)
+    assert {v.dtype for v in adapter_state(module).values()} == {torch.float32}
+    assert module.net[0].weight.dtype == torch.bfloat16
+    saved = read_adapter(tmp_path / "a" / "step=8.ckpt").state["0.lora_B"]
+    assert not torch.equal(saved, saved.bfloat16().float())  # a step was kept that 16 bit would have rounded
+    assert run.optimizers[0].state_dict()["state"][0]["exp_avg"].dtype == torch.float32
+    assert_equal((module, run), fit(tmp_path / "b", make, LORA, path=tmp_path / "a" / "step=8.ckpt", **options))
+
+
+def test_initial_adapter_is_not_rounded_by_bf16_true(tmp_path: Path) -> None:
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.state = adapter_state(pl_module)
+
+    look = Look()
+    fit(tmp_path, Plain, LORA, look, precision="bf16-true", max_epochs=1)
+    torch.manual_seed(11)
+    twin = Plain()
+    callback().apply(twin)
+    assert same(look.state, adapter_state(twin))
+
+
+def test_chosen_adapter_dtype_is_kept(tmp_path: Path) -> None:
+    module = Plain()
+    trainer(tmp_path, callback(adapter_dtype="bfloat16"), precision="bf16-true").fit(module, loader())
+    assert {v.dtype for v in adapter_state(module).values()} == {torch.bfloat16}
+
+
+def test_schedule_needs_to_know_the_end(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="set max_epochs or max_steps"):
+        trainer(tmp_path, callback(ADALORA), max_epochs=-1).fit(Plain(), loader())
+
+
+def test_frozen_tensors_of_a_resumed_run_stay_frozen(tmp_path: Path) -> None:
+    module, run = fit(tmp_path / "a", Plain, LORA)
+    resumed, _ = fit(tmp_path / "b", Plain, LORA, path=tmp_path / "a" / "step=8.ckpt")
+    flags = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (module, resumed)]
+    assert flags[0] == flags[1]
+    assert {n for n, flag in flags[0].items() if flag} == set(adapter_state(module))
+
+
+# ---------------------------------------------------------------------- mid-epoch
+
+
+class Stateful(DataLoader[Any]):
+    """The smallest loader that resumes in the middle: an order from the epoch, and where it is."""
+
+    def __init__(self, source: DataLoader[Any]) -> None:
+        super().__init__(source.dataset, batch_size=source.batch_size)
+        self.at = self.epoch = 0
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.epoch)).split(self.batch_size)
+        start, self.at = self.at, 0
+        for index in range(start, len(order)):
+            self.at = (index + 1) % len(order)
+            self.epoch += self.at == 0
+            yield [torch.stack(column) for column in zip(*(self.dataset[i] for i in order[index].tolist()), strict=True)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at, self.epoch = state["at"], state["epoch"]
+
+
+def test_middle_of_an_epoch_is_exact_with_a_loader_that_has_state(tmp_path: Path) -> None:
+    keep = {"every_n_train_steps": 3}
+    whole = fit(tmp_path / "a", Plain, LORA, keep=keep, data=Stateful(loader()))
+    path = tmp_path / "a" / "step=6.ckpt"
+    assert_equal(whole, fit(tmp_path / "b", Plain, LORA, keep=keep, data=Stateful(loader()), path=path))
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_middle_of_an_epoch_names_a_loader_without_state(tmp_path: Path) -> None:
+    keep = {"every_n_train_steps": 3}
+    fit(tmp_path / "a", Plain, LORA, keep=keep)
+    with pytest.warns(UserWarning, match="batch 2 of an epoch, and DataLoader over TensorDataset has no state"):
+        fit(tmp_path / "b", Plain, LORA, keep=keep, path=tmp_path / "a" / "step=6.ckpt")
+
+
+# ---------------------------------------------------------------------- random states
+
+
+def draw() -> tuple[Any, ...]:
+    return random.random(), random.gauss(0, 1), float(np.random.randn()), torch.rand(2).tolist()
+
+
+def test_random_states_survive_a_safe_checkpoint() -> None:
+    random.gauss(0, 1), np.random.randn()  # both keep a second number for the next call
+    buffer = io.BytesIO()
+    torch.save({"rng": rng.gather_rng_states()}, buffer)
+    expected = [draw() for _ in range(3)]
+    buffer.seek(0)
+    rng.restore_rank(torch.load(buffer, weights_only=True)["rng"])
+    assert [draw() for _ in range(3)] == expected
+
+
+def test_another_number_of_processes_is_said() -> None:
+    states = rng.gather_rng_states() * 2
+    before = torch.get_rng_state()
+    torch.rand(1)
+    with pytest.warns(UserWarning, match="2 processes, this run has 1"):
+        rng.restore_rank(states)
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_testing_a_checkpoint_leaves_random_states_alone(tmp_path: Path) -> None:
+    class Look(pl.Callback):
+        def on_test_start(self, *args: Any) -> None:
+            self.state = torch.get_rng_state()
+
+    fit(tmp_path, Plain, LORA, max_epochs=1)
+    seen = []
+    for path in (None, tmp_path / "step=4.ckpt"):
+        torch.manual_seed(99)
+        run = trainer(tmp_path, callback(), look := Look())
+        run.test(Plain(), loader(shuffle=False), ckpt_path=path, verbose=False)
+        seen.append(look.state)
+    assert torch.equal(*seen)

@@ -1,0 +1,396 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
+from torch import Tensor, nn
+
+import lightning_peft as lp
+from lightning_peft.errors import AdapterBypassedError, ConfigError, DeadAdapterError
+from lightning_peft.strategies.schedule import Schedule
+from lightning_peft.training.modes import BaseModes
+from tests.backbones import llama
+from tests.training.toys import EarlyOptimizer, Plain, adapter_state, base_state, callback, loader, same, trainer
+
+NORM = {"class_path": "LoRA", "init_args": {"rank": 2, "targets": ["0", "4"]}}
+
+
+class Norm(Plain):
+    """A base with running statistics and dropout, left in eval mode as from_pretrained does."""
+
+    def __init__(self, lr: float = 0.01) -> None:
+        super().__init__(lr)
+        self.net = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 2)).eval()
+
+
+class Modes(pl.Callback):
+    """Notes the modes of the network at every training batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[bool]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append([m.training for m in pl_module.net])
+
+
+# ---------------------------------------------------------------------- the frozen base
+
+
+def test_train_is_called_and_statistics_stay(tmp_path: Path) -> None:
+    """S6: eval mode would leave dropout and activation checkpointing off; train mode would move BatchNorm's statistics."""
+    module, modes = Norm(), Modes()
+    before = base_state(module)
+    trainer(tmp_path, callback(NORM), modes, max_epochs=2).fit(module, loader())
+    assert modes.seen == [[True, False, True, True, True]] * 8  # in the second epoch, after validation, too
+    assert same(before, base_state(module))
+    assert [m.training for m in module.net] == [False] * 5  # as it was before fit
+
+
+def test_statistics_stay_when_the_user_calls_train(tmp_path: Path) -> None:
+    class CallsTrain(Norm):
+        def on_train_epoch_start(self) -> None:
+            self.train()
+
+    module = CallsTrain()
+    before = base_state(module)
+    trainer(tmp_path, callback(NORM)).fit(module, loader())
+    assert same(before, base_state(module))
+
+
+def test_base_dropout_can_be_turned_off(tmp_path: Path) -> None:
+    modes = Modes()
+    trainer(tmp_path, callback(NORM, base_dropout=False), modes).fit(Norm(), loader())
+    assert modes.seen[0] == [False] * 5
+
+
+def test_adapter_dropout_stays_on_without_base_dropout(tmp_path: Path) -> None:
+    module = llama(attention_dropout=0.5).eval()
+    handle = lp.inject(module, {"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.5}})
+    modes = BaseModes(module, [], base_dropout=False)
+    modes.apply()
+    assert all(e.adapter.training for e in handle.entries)
+    assert not any(m.training for m in module.modules() if type(m).__name__ == "LlamaAttention")
+    module.activation_checkpointing_enable()
+    BaseModes(module, [], base_dropout=False).apply()
+    assert all(layer.training for layer in module.model.layers)  # recomputation is on in train mode only
+
+
+def test_dropout_that_cannot_be_told_apart_is_refused() -> None:
+    class Layer(nn.Module):
+        gradient_checkpointing = True
+        dropout = 0.1
+
+    with pytest.raises(ConfigError, match="dropout rates in the model's config"):
+        BaseModes(nn.Sequential(Layer()), [], base_dropout=False)
+
+
+def test_user_is_still_warned_of_other_modules_in_eval_mode(tmp_path: Path) -> None:
+    class Teacher(Norm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Linear(32, 2).eval()
+
+    with pytest.warns(UserWarning, match=r"Found 1 module\(s\) in eval mode"):
+        trainer(tmp_path, callback(NORM, module="net")).fit(Teacher(), loader())
+
+
+# ---------------------------------------------------------------------- nothing dead
+
+
+class Bypassing(Plain):
+    """Reads a weight instead of calling the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[3](nn.functional.linear(x, self.net[0].weight).relu())
+
+
+class BypassingRoot(Bypassing):
+    """The same where the adapted root's own forward is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("cls", [Bypassing, BypassingRoot])
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_bypassed_adapter_is_an_error_in_every_stage(cls: Any, stage: str, tmp_path: Path) -> None:
+    class NoValidation(cls):
+        validation_step = None
+
+    module = NoValidation() if stage == "fit" else cls()
+    targets = {"class_path": "LoRA", "init_args": {"rank": 2, "targets": ["net.0", "net.3"]}}
+    with pytest.raises(AdapterBypassedError, match=r"'(net\.)?0'"):
+        getattr(trainer(tmp_path, callback(targets)), stage)(module, loader(shuffle=False))
+
+
+def test_validation_that_does_not_use_the_model_is_no_bypass(tmp_path: Path) -> None:
+    class Counts(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("n", float(batch_idx))
+
+    trainer(tmp_path, callback()).fit(Counts(), loader())
+
+
+class Detached(Plain):
+    """Cuts the graph in front of the last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[3](self.net[0](x).relu().detach())
+
+
+class Refreezes(Plain):
+    def on_train_start(self) -> None:
+        self.net[0].peft.default.lora_B.requires_grad_(False)
+
+
+class Replaces(Plain):
+    """Makes a new optimizer behind the callback's back."""
+
+    def on_train_start(self) -> None:
+        (optimizer,) = self.trainer.optimizers
+        optimizer.param_groups[0]["params"][:] = list(self.net[3].peft.parameters())
+
+
+class ZeroRate(Plain):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([{"params": [], "lr": 0.0}, {"params": self.net[3].parameters(), "lr": 0.1}])
+
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (Detached, r"2 of 4 trainable tensors.*\n  0\.lora_A, 0\.lora_B: no gradient arrives: the graph is cut"),
+        (Refreezes, r"0\.lora_B: frozen: something set requires_grad=False"),
+        (Replaces, r"0\.lora_A, 0\.lora_B: in no optimizer"),
+        (ZeroRate, r"0\.lora_B: the learning rate of its parameter group is 0"),
+    ],
+)
+def test_sentinel_names_dead_tensors_and_the_reason(cls: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DeadAdapterError, match=message):
+        trainer(tmp_path, callback()).fit(cls(), loader())
+    with pytest.warns(UserWarning, match=message):
+        trainer(tmp_path, callback(gradient_sentinel="warn")).fit(cls(), loader())
+    trainer(tmp_path, callback(gradient_sentinel="off")).fit(cls(), loader())
+
+
+def test_sentinel_waits_for_effective_steps(tmp_path: Path) -> None:
+    """A warm-up starts at a learning rate of 0: those steps prove nothing."""
+
+    class WarmsUp(Plain):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= 3))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    trainer(tmp_path, callback(), max_epochs=2).fit(WarmsUp(), loader())
+
+
+def test_sentinel_watches_extra_modules(tmp_path: Path) -> None:
+    class Unused(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+    with pytest.raises(DeadAdapterError, match=r"head\.weight, head\.bias: no gradient arrives"):
+        trainer(tmp_path, callback(module="net", extra_modules=["head"])).fit(Unused(), loader())
+
+
+def test_reentrant_checkpointing_is_named(tmp_path: Path) -> None:
+    class Reentrant(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = llama()
+            self.net.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+            self.net.disable_input_require_grads()
+
+        def loss(self, batch: Any) -> Tensor:
+            ids = torch.arange(3, 9).expand(2, -1)
+            return self.net(input_ids=ids, labels=ids).loss + 0 * self.net.lm_head.weight.new_zeros(1, requires_grad=True).sum()
+
+    peft = callback({"class_path": "LoRA", "init_args": {"rank": 2}})
+    with pytest.warns(UserWarning), pytest.raises(DeadAdapterError, match="reentrant activation checkpointing cuts the graph"):
+        trainer(tmp_path, peft).fit(Reentrant(), loader())
+
+
+# ---------------------------------------------------------------------- schedules
+
+
+class Recorded(Schedule):
+    """Notes what it is told, and pulls all B factors towards zero."""
+
+    log: ClassVar[list[Any]] = []
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def on_start(self, total_steps: int) -> None:
+        self.log.append(("start", total_steps))
+
+    def penalty(self) -> Tensor:
+        return sum((s.tensor().square().sum() for s in self.handle.trainable_slots()), torch.zeros(())) * 3.0
+
+    def before_step(self, optimizer: Any) -> None:
+        self.log.append(("before", [s.tensor().grad.clone() for s in self.handle.trainable_slots()]))
+
+    def after_step(self, optimizer: Any, *, skipped: bool = False) -> None:
+        self.log.append(("after", skipped, all(s.tensor().grad is not None for s in self.handle.trainable_slots())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled(lp.LoRA):
+    def schedule(self, handle: Any) -> Schedule:
+        return Recorded(handle)
+
+
+class InLoss(Plain):
+    """The same penalty written into the loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        penalty = sum(p.square().sum() for p in lp.handles(self)["default"].trainable_parameters())
+        return self.loss(batch) + 3.0 * penalty
+
+
+class Manual(Plain):
+    def __init__(self, lr: float = 0.01) -> None:
+        super().__init__(lr)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls", [Plain, Manual])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
+def test_schedule_sees_every_step_and_its_penalty_is_the_loss_plus_penalty(cls: Any, options: Any, tmp_path: Path) -> None:
+    if cls is Manual and "accumulate_grad_batches" in options:
+        pytest.skip("Lightning refuses accumulation under manual optimization")
+    Recorded.log.clear()
+    module, twin = cls(), InLoss()
+    strategy = {"rank": 2, "targets": ["0", "3"]}
+    torch.manual_seed(1)
+    trainer(tmp_path, callback(Scheduled(**strategy)), **options).fit(module, loader())
+    torch.manual_seed(1)
+    trainer(tmp_path, callback(lp.LoRA(**strategy)), **options).fit(twin, loader())
+    steps = 4 // options.get("accumulate_grad_batches", 1)
+    assert Recorded.log[0] == ("start", steps)
+    assert [entry[0] for entry in Recorded.log[1:]] == ["before", "after"] * steps
+    assert all(entry[1:] == (False, True) for entry in Recorded.log if entry[0] == "after")
+    for key, value in adapter_state(module).items():
+        torch.testing.assert_close(value, adapter_state(twin)[key], rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- neighbours
+
+
+def test_learning_rate_finder_leaves_the_base_and_trains_early_optimizers(tmp_path: Path) -> None:
+    """It trains before on_fit_start and without other callbacks: the base has to be still and the adapter in the optimizer by then."""
+
+    class EarlyNorm(Norm):
+        def __init__(self, lr: float = 0.01) -> None:
+            super().__init__(lr)
+            self.early = torch.optim.AdamW(self.parameters(), lr=lr)
+
+        def configure_optimizers(self) -> Any:
+            return self.early
+
+    class Look(pl.Callback):
+        moved: ClassVar[list[float]] = []
+
+    module = EarlyNorm()
+    before = base_state(module)
+    step = EarlyNorm.training_step
+
+    def spy(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        Look.moved.append(float(self.net[0].peft.default.lora_B.abs().max()))
+        return step(self, batch, batch_idx)
+
+    EarlyNorm.training_step = spy  # type: ignore[method-assign]
+    finder = LearningRateFinder(num_training_steps=6, min_lr=1e-4, max_lr=1e-2)
+    run = trainer(tmp_path, finder, callback(NORM), max_epochs=2)
+    run.fit(module, loader())
+    assert max(Look.moved[1:6]) > 0  # it measured the adapter
+    assert Look.moved[6] == 0  # and put it back
+    assert same(before, base_state(module))
+    assert finder.optimal_lr is not None
+    assert {id(p) for g in run.optimizers[0].param_groups for p in g["params"]} == {
+        id(p) for p in lp.handles(module)["default"].trainable_parameters()
+    }
+
+
+def test_batch_size_finder(tmp_path: Path) -> None:
+    class Sized(Plain):
+        def __init__(self, lr: float = 0.01, batch_size: int = 2) -> None:
+            super().__init__(lr)
+            self.batch_size = batch_size
+
+        def train_dataloader(self) -> Any:
+            return loader(64, batch_size=self.batch_size)
+
+    module = Sized()
+    before = base_state(module)
+    trainer(tmp_path, BatchSizeFinder(max_trials=2, steps_per_trial=1), callback()).fit(module)
+    assert module.batch_size == 8
+    assert same(before, base_state(module))
+    assert adapter_state(module)["net.0.peft.default.lora_B"].abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fast_dev_run": True},
+        {"overfit_batches": 2},
+        {"accumulate_grad_batches": 3},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"precision": "64-true"},
+        {"gradient_clip_val": 0.1},
+        {"max_steps": 3, "max_epochs": -1},
+    ],
+    ids=lambda options: ",".join(options),
+)
+@pytest.mark.parametrize("cls", [Plain, EarlyOptimizer])
+def test_trainer_options(options: dict[str, Any], cls: Any, tmp_path: Path) -> None:
+    module = cls()
+    before = base_state(module)
+    trainer(tmp_path, callback(export=True), EarlyStopping("val_loss"), **options).fit(module, loader(shuffle=False))
+    assert all(torch.equal(before[k].to(v), v) for k, v in base_state(module).items())
+    assert adapter_state(module)["net.0.peft.default.lora_B"].abs().max() > 0
+    assert (tmp_path / "adapter").exists() is not options.get("fast_dev_run", False)
+
+
+def test_table_says_what_trains(tmp_path: Path, capsys: Any) -> None:
+    trainer(tmp_path, callback(verbose=True)).fit(Plain(), loader())
+    text = capsys.readouterr().out
+    for word in ("LoRA on 'net', a Sequential", "lora_A 2x32", "132", "23.404% of 564", "checkpoint"):
+        assert word in text
+    trainer(tmp_path, callback()).fit(Plain(), loader())
+    assert capsys.readouterr().out == ""
+
+
+def test_table_estimates_the_checkpoint(tmp_path: Path) -> None:
+    from lightning_peft.training.table import budget
+
+    module = Plain()
+    handle = callback().apply(module)
+    parameters = handle.trainable_parameters()
+    size = sum(p.numel() * 4 for p in parameters)
+    for optimizer, copies in (
+        (torch.optim.AdamW(parameters), 2),
+        (torch.optim.SGD(parameters, lr=1.0), 0),
+        (torch.optim.SGD(parameters, lr=1.0, momentum=0.9), 1),
+        (torch.optim.AdamW(parameters, amsgrad=True), 3),
+    ):
+        assert budget(handle, {}, [optimizer], full=False).checkpoint == (1 + copies) * size
+    whole = budget(handle, {}, [], full=True).checkpoint
+    assert whole == sum(p.numel() * 4 for p in module.parameters())

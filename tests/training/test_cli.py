@@ -1,0 +1,181 @@
+"""The command line: a whole life of an adapter, and every mistake as one line."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import lightning_peft as lp
+from lightning_peft.training.cli import PEFTCLI, main
+from tests.training.data.conftest import SPECIALS, _byte_bpe
+
+PROMPT = "Message: {text} Answer:"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_arguments() -> Iterator[None]:
+    """pytest's own arguments are not ours: LightningCLI looks at sys.argv even when it is given arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lightning-peft"])
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    raw = _byte_bpe()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=SPECIALS.index("<s>"), eos_token_id=SPECIALS.index("</s>"), pad_token_id=SPECIALS.index("<pad>"),
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    with (folder / "sms.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([f"call number {i} now", "spam" if i % 2 else "ham"] for i in range(24))
+    path = folder / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {
+                    "max_steps": 2, "default_root_dir": str(folder), "accelerator": "cpu", "devices": 1,
+                    "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+                },
+                "model": {
+                    "base": str(base), "task": "causal_lm", "labels": ["ham", "spam"], "lr": 1e-3,
+                    "strategy": {"class_path": "LoRA", "init_args": {"rank": 2}},
+                },
+                "data": {
+                    "data_path": str(folder / "sms.csv"), "prompt": PROMPT, "completion": " {label}",
+                    "test_fraction": 0.2, "batch_size": 4,
+                },
+            }
+        )
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(config: Path) -> Path:
+    main(["fit", "--config", str(config)])
+    return config.parent / "lightning_logs" / "version_0" / "adapter" / "last"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_fit_then_test_predict_inspect_generate_merge(
+    adapter: Path, config: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["inspect", str(adapter)])
+    assert "LoRA(rank=2)" in capsys.readouterr().out
+    main(["generate", str(adapter), "call number 3 now", "--max-new-tokens", "3"])
+    written = capsys.readouterr().out
+
+    merged = tmp_path / "merged"
+    main(["merge", str(adapter), str(merged)])
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    handle = lp.load_adapter(model, adapter)
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits)
+    assert not torch.equal(plain.lm_head.weight, torch.zeros(()))
+    assert handle.usage["prompt"] == PROMPT
+
+    # generate() puts the text into the prompt that the adapter was trained with.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    prompt = tokenizer(PROMPT.format(text="call number 3 now"), return_tensors="pt")
+    out = model.eval().generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    expected = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert written.rstrip("\n").endswith(expected.strip())
+
+
+# ModelCheckpoint says so whenever a checkpoint is tested from a run of its own.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_test_command_reads_a_checkpoint(adapter: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = next((adapter.parent.parent / "checkpoints").glob("*.ckpt"))
+    main(["test", "--config", str(config), "--ckpt_path", str(checkpoint)])
+    assert "test_accuracy" in capsys.readouterr().out
+
+
+def test_short_names_mean_the_same(config: Path) -> None:
+    def strategy(*extra: str) -> lp.PEFTStrategy:
+        return PEFTCLI(["--config", str(config), "--trainer.logger", "false", *extra], run=False).model.strategy
+
+    assert strategy() == lp.LoRA(rank=2)
+    assert strategy("--model.strategy", "lora") == lp.LoRA()
+    assert strategy("--model.strategy", "LoRA", "--model.strategy.rank", "3") == lp.LoRA(rank=3)
+
+
+def test_print_config_round_trips(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(printed), "--print_config"])
+    assert capsys.readouterr().out == printed.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.strategy.init_args.rnk=3"], ["rnk"]),
+        (["--model.strategy=lorra"], ["lorra", "lora"]),
+        (["--model.strategy.init_args.rank=0"], ["rank=0", "at least 1"]),
+        (["--model.lrate=3"], ["lrate"]),
+        (["--data.data_path=nowhere.csv"], ["nowhere.csv"]),
+        (["--data.prompt={txt} Answer:"], ["txt", "text"]),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], words: list[str], config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "fit", "--config", str(config), "--trainer.logger=false", *arguments)
+    last = message.strip().splitlines()[-1]
+    assert all(word in last for word in words), message
+    assert len([line for line in message.splitlines() if line.startswith("lightning-peft: ")]) == 1
+
+
+def test_unknown_command_and_method_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'inspect'" in fails(capsys, "inspekt")
+    assert "'lora'" in fails(capsys, "methods", "lorra")
+
+
+def test_missing_adapter_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path / "none") in fails(capsys, "generate", str(tmp_path / "none"), "text")
+
+
+def test_help_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("fit", "predict", "methods", "merge"))
+    main(["methods"])
+    table = capsys.readouterr().out
+    assert all(info.name in table for info in lp.list_methods())
+    main(["methods", "lora"])
+    card = capsys.readouterr().out
+    assert "2106.09685" in card
+    assert "rank_stabilized = False" in card
