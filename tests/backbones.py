@@ -154,8 +154,9 @@ class Backbone:
         return model.eval()
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Return a copy of the model, in eval mode."""
-        return copy.deepcopy(self._built).to(dtype)
+        """Return the model, always with the same weights, in eval mode."""
+        model = copy.deepcopy(self._built)
+        return model if dtype == torch.float32 else model.to(dtype)
 
     def batch(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Return the input, its floating-point tensors in ``dtype``."""

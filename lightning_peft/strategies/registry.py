@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from lightning_peft.errors import ConfigError, ConflictError, UnknownMethodError, did_you_mean
-from lightning_peft.strategies.strategy import MethodInfo, PEFTStrategy, check_types
+from lightning_peft.strategies.strategy import MethodInfo, PEFTStrategy
 
 S = TypeVar("S", bound=type[PEFTStrategy])
 ENTRY_POINTS = "lightning_peft.methods"
@@ -107,7 +107,6 @@ def _build(cls: type[PEFTStrategy], args: dict[str, Any]) -> PEFTStrategy:
             raise ConfigError(
                 f"{cls.__name__}: unknown option {name!r}.{did_you_mean(name, fields)} Options: {', '.join(fields)}."
             )
-    check_types(cls, args)
     missing = [
         f.name
         for f in dataclasses.fields(cls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -77,6 +78,7 @@ class PEFTStrategy(ABC):
     targets: TargetsLike = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), {field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         object.__setattr__(self, "targets", Targets.parse(self.targets))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
@@ -173,11 +175,16 @@ def check_types(cls: type[PEFTStrategy], args: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: A value has a type that its field does not accept.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for name, value in args.items():
         if not _fits(value, hints[name]):
             shown = str(hints[name]).replace("typing.", "").replace("lightning_peft.", "")
             raise ConfigError(f"{cls.__name__}: {name}={value!r} is {type(value).__name__}, expected {shown}.")
+
+
+@functools.cache
+def _hints(cls: type[PEFTStrategy]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _fits(value: Any, hint: Any) -> bool:

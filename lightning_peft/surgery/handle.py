@@ -200,7 +200,9 @@ class Handle:
         self.verify()
         writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
         for entry in self.entries:
-            self._plan_merge(entry, writes, untie=untie, add_bias=add_bias)
+            self._plan_merge(entry, writes, add_bias=add_bias)
+        if not untie:
+            self._refuse_tied(writes)
         for owner, name, value in writes.values():
             path, _, attribute = name.rpartition(".")
             holder = owner.get_submodule(path) if path else owner
@@ -213,7 +215,7 @@ class Handle:
                 elif exact:
                     self._backups.append((new, stored.detach().clone()))
                 continue
-            if exact:
+            if exact and not any(known is stored for known, _ in self._backups):
                 self._backups.append((stored, stored.detach().clone()))
             with torch.no_grad():
                 stored.copy_(value)
@@ -222,7 +224,7 @@ class Handle:
         self.merged = True
 
     def _plan_merge(
-        self, entry: Entry, writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]], *, untie: bool, add_bias: bool
+        self, entry: Entry, writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]], *, add_bias: bool
     ) -> None:
         adapter = entry.adapter
         if not isinstance(entry, (AttachEntry, ReparametrizeEntry)) or not isinstance(adapter, MergeableModule):
@@ -254,11 +256,6 @@ class Handle:
         full = pending(site.tensor)
         if full.is_meta:
             raise MergeError(f"'{entry.path}' is on the meta device; load its weights before merging.")
-        if not untie and self._tied(parameter(module, site.tensor)):
-            raise MergeError(
-                f"'{entry.path}.{site.tensor}' is tied to another layer, which a merge would change as well. Pass untie=True to give "
-                "this layer a copy, or keep the adapter unmerged."
-            )
         compute = torch.promote_types(full.dtype, torch.float32)
         weight = site.kind.canonical(full).to(compute)
         bias = None if bias_name is None else pending(bias_name).to(compute)
@@ -283,6 +280,23 @@ class Handle:
                 "values exceed the range of the base's dtype."
             )
         writes[id(module), site.tensor] = (module, site.tensor, stored)
+
+    def _refuse_tied(self, writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]]) -> None:
+        """Raise where a merge would change a weight for a layer that is not to have the new value as well."""
+        paths = {id(module): path for path, module in self.root.named_modules()}
+        planned = {f"{paths[id(owner)]}.{name}".lstrip("."): value for owner, name, value in writes.values()}
+        holders: dict[int, list[str]] = {}
+        for key, tensor in self.root.named_parameters(remove_duplicate=False):
+            holders.setdefault(id(tensor), []).append(key)
+        for keys in holders.values():
+            values = [planned.get(key) for key in keys]
+            first = next((v for v in values if v is not None), None)
+            if first is not None and not all(v is not None and torch.equal(v, first) for v in values):
+                key = next(k for k in keys if k in planned)
+                raise MergeError(
+                    f"'{key}' is tied to another layer, which a merge would change as well. Pass untie=True to give this layer a copy, "
+                    "or keep the adapter unmerged."
+                )
 
     def merged_entries(self) -> list[AttachEntry | ReparametrizeEntry]:
         """Return the adapters whose effect is in the base weights now."""

@@ -88,7 +88,8 @@ def make_site(
     """
     module = root.get_submodule(path)
     kind = kind or layer_kind(module)
-    if kind is None and is_lazy(getattr(module, tensor, None)):
+    weight = getattr(module, tensor, None)
+    if kind is None and isinstance(weight, Tensor) and is_lazy(weight):
         raise UnsupportedLayerError(
             f"'{path}' ({type(module).__name__}) is lazy and has no shape yet. Run one forward before injecting."
         )

@@ -96,15 +96,8 @@ def find_extras(module: nn.Module, root: nn.Module, paths: Iterable[str]) -> dic
     """
     found: dict[str, nn.Module] = {}
     for path in paths:
-        try:
-            extra = _submodule(module, path, "extra_modules")
-        except TargetError:
-            try:
-                extra = root.get_submodule(path)
-            except AttributeError:
-                extra = None  # type: ignore[assignment]
-            if extra is None:
-                raise
+        holder = root if not _has(module, path) and _has(root, path) else module
+        extra = _submodule(holder, path, "extra_modules")
         full = path_of(module, extra)
         assert full is not None
         if any(child is root for child in extra.modules()):
@@ -138,6 +131,10 @@ def _set_flag(owner: nn.Module, name: str, flag: bool) -> None:
     value = owner._parameters.get(name)
     if value is not None:
         value.requires_grad_(flag)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    return any(p == path for p, _ in module.named_modules(remove_duplicate=False))
 
 
 def _submodule(module: nn.Module, path: str, option: str) -> nn.Module:

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.checkpoint import AdapterFile, check_base, read_adapter
+from lightning_peft.checkpoint import AdapterFile
 from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError, did_you_mean
 from lightning_peft.strategies.install import inject
 from lightning_peft.strategies.registry import resolve
@@ -26,6 +26,7 @@ from lightning_peft.surgery.inject import NAME
 from lightning_peft.surgery.stack import RESERVED, stack_of
 from lightning_peft.training import export, restoring, rng, table
 from lightning_peft.training.adapted_root import find_extras, find_handle, find_root, localized, path_of, train_whole
+from lightning_peft.training.initial import read_initial, start_from
 from lightning_peft.training.late import install_after_configure_model
 from lightning_peft.training.modes import BaseModes, has_statistics
 from lightning_peft.training.namespace import is_a, overrides
@@ -35,7 +36,7 @@ from lightning_peft.training.trainer_hooks import TrainerHooks, other_keys
 from lightning_peft.types import AdapterDtype
 
 Holds = Literal["adapter", "full"]
-Sentinel = Literal["raise", "warn", "off"]
+Reaction = Literal["raise", "warn", "off"]
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -109,18 +110,19 @@ class PEFTCallback(pl.Callback):
         name: str = "default",
         module: str | None = None,
         extra_modules: Sequence[str] = (),
-        checkpoint: Literal["adapter", "full"] = "adapter",
+        checkpoint: Holds = "adapter",
         init_from: str | os.PathLike[str] | None = None,
         merge_on_end: bool = False,
         adapter_dtype: AdapterDtype = "auto",
         base_dropout: bool = True,
-        gradient_sentinel: Literal["raise", "warn", "off"] = "raise",
+        gradient_sentinel: Reaction = "raise",
         export: bool | str = True,
         anatomy: dict[str, Any] | str | None = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
         self.strategy = resolve(strategy)
+        resolve(self.strategy.to_dict())  # what a checkpoint will say of it; a class that is not registered could not be read back
         self.name = name
         self.module = module
         self.extra_modules = (extra_modules,) if isinstance(extra_modules, str) else tuple(extra_modules)
@@ -136,10 +138,11 @@ class PEFTCallback(pl.Callback):
         self._run: _Run | None = None
         if not NAME.fullmatch(name):
             raise ConfigError(f"PEFTCallback: name={name!r}, but only letters, digits, '_' and '-' can be part of parameter names.")
-        for option, kind in (("checkpoint", Holds), ("gradient_sentinel", Sentinel), ("adapter_dtype", AdapterDtype)):
+        for option, kind in (("checkpoint", Holds), ("gradient_sentinel", Reaction), ("adapter_dtype", AdapterDtype)):
             value, allowed = getattr(self, option), get_args(kind)
             if value not in allowed:
-                raise ConfigError(f"PEFTCallback: {option}={value!r}, but it is one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}")
+                hint = did_you_mean(str(value), allowed)
+                raise ConfigError(f"PEFTCallback: {option}={value!r}, but it is one of {', '.join(allowed)}.{hint}")
         if merge_on_end and not self.strategy.mergeable:
             raise ConfigError(f"PEFTCallback: merge_on_end=True, but {type(self.strategy).__name__} cannot be merged into a weight.")
 
@@ -199,7 +202,7 @@ class PEFTCallback(pl.Callback):
         find_extras(module, root, self.extra_modules)
         anatomy = anatomy_of(root, self.anatomy)
         strategy = localized(self.strategy, path, anatomy)
-        start = self._initial(strategy, root)
+        start = None if self.init_from is None else read_initial(self.init_from, self.name, strategy, root)
         handle = inject(root, strategy, self.name, adapter_dtype=self.adapter_dtype, anatomy=self.anatomy)  # type: ignore[arg-type]
         try:
             find_extras(module, root, self.extra_modules)  # once more: an extra module must not have adapters in it
@@ -210,42 +213,14 @@ class PEFTCallback(pl.Callback):
             raise
         return handle
 
-    def _initial(self, strategy: PEFTStrategy, root: nn.Module) -> AdapterFile | None:
-        if self.init_from is None:
-            return None
-        start = self._read_initial(self.init_from)
-        check_base(root, start.manifest)
-        if start.strategy != strategy:
-            warnings.warn(
-                f"init_from='{self.init_from}' was trained as {start.strategy}, this run trains {strategy}.", stacklevel=2
-            )
-        return start
-
-    def _read_initial(self, path: str) -> AdapterFile:
-        if not os.path.isfile(path):
-            return read_adapter(path)
-        try:
-            return read_adapter(path, self.name)
-        except ValueError:
-            return read_adapter(path)  # one adapter under another name
-
     def _start_from(self, start: AdapterFile, module: nn.Module, handle: Handle) -> None:
-        if any(tensor.is_meta for tensor in handle.state_dict().values()):
-            if self._run is None:
-                raise CompatibilityError("init_from: the module is on the meta device, which holds no values. Materialise it first.")
-            self._run.pending_init = start
-            return
-        live = module.state_dict(keep_vars=True)
-        extra = {key: live[key] for key in start.extra_state if key in live}
-        for key, tensor in extra.items():
-            if tensor.shape != start.extra_state[key].shape:
-                raise CompatibilityError(
-                    f"init_from='{self.init_from}': '{key}' has shape {tuple(start.extra_state[key].shape)}, the module has "
-                    f"{tuple(tensor.shape)}."
-                )
-        handle.load_state_dict(start.state)
-        for key, tensor in extra.items():
-            tensor.data.copy_(start.extra_state[key])
+        assert self.init_from is not None
+        if not any(tensor.is_meta for tensor in handle.state_dict().values()):
+            start_from(start, self.init_from, module, handle)
+        elif self._run is None:
+            raise CompatibilityError("init_from: the module is on the meta device, which holds no values. Materialise it first.")
+        else:
+            self._run.pending_init = start  # on_fit_start comes after Lightning has materialised the module
 
     def handle_of(self, module: nn.Module) -> Handle | None:
         """Return this callback's adapter on ``module``, or None before it is installed."""
@@ -266,7 +241,7 @@ class PEFTCallback(pl.Callback):
             )
         return handle
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the adapter now, or arrange for it to happen once the module is built."""
         self._check_neighbours(trainer)
         installed = self.handle_of(pl_module) is not None
@@ -307,24 +282,27 @@ class PEFTCallback(pl.Callback):
     def _install_for(self, module: nn.Module) -> None:
         """Install, and prepare the module for this stage: at once, since a learning-rate finder trains before ``on_fit_start``."""
         handle, run = self.install(module), self.run
-        if self.merge_on_end and run.stage == "fit" or handle.merged and run.stage == "fit":
+        if run.stage == "fit":
             self._check_unmerged(handle)
         if run.modes is not None:
             return
         run.undo.append(restoring.lenient(module, (self.name,)).remove)
-        if is_a(module, "LightningModule") and module.trainer.strategy.restore_checkpoint_after_setup:  # type: ignore[union-attr]
-            strict = module._strict_loading
-            module._strict_loading = False  # these strategies raise for each missing key before any hook could judge
+        trainer: Any = module.trainer
+        if trainer.strategy.restore_checkpoint_after_setup:
+            strict: Any = module._strict_loading
+            module._strict_loading = False  # type: ignore[assignment]  # these raise for each missing key before any hook can judge
             run.undo.append(functools.partial(setattr, module, "_strict_loading", strict))
         run.modes = BaseModes(handle.root, self.extras_of(module).values(), base_dropout=self.base_dropout)
         if run.stage == "fit":
             self._check_statistics(module, handle)
             run.modes.apply()
-            run.undo.append(run.modes.restore)
+            run.undo += [run.modes.restore, run.modes.excuse_from_warning(trainer.fit_loop)]
 
     def _check_unmerged(self, handle: Handle) -> None:
         if handle.merged:
-            raise ConflictError(f"adapter '{self.name}' is merged into the base, so it cannot train. unmerge() it, or remove() it and start anew.")
+            raise ConflictError(
+                f"adapter '{self.name}' is merged into the base, so it cannot train. unmerge() it, or remove() it and start anew."
+            )
 
     def _check_statistics(self, module: Any, handle: Handle) -> None:
         swa = any(is_a(c, "StochasticWeightAveraging") for c in module.trainer.callbacks)
@@ -354,7 +332,6 @@ class PEFTCallback(pl.Callback):
         handle.verify()
         assert run.modes is not None
         run.modes.apply()
-        run.undo.append(run.modes.excuse_from_warning(trainer.fit_loop))
         if run.pending_init is not None:
             start, run.pending_init = run.pending_init, None
             self._start_from(start, pl_module, handle)
@@ -391,23 +368,7 @@ class PEFTCallback(pl.Callback):
             extras = self.extras_of(pl_module)
             named = {f"{path}.{n}": p for path, m in extras.items() for n, p in m.named_parameters() if p.requires_grad}
             run.sentinel = GradientSentinel(self._handle(pl_module), named)
-        self._warn_of_stateless_loader(trainer)
-
-    def _warn_of_stateless_loader(self, trainer: Any) -> None:
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        if not trainer.fit_loop.restarting and not trainer.fit_loop.epoch_loop.restarting:
-            return
-        if progress.current.ready == 0 or progress.is_last_batch:
-            return
-        for loader in trainer.fit_loop._combined_loader.flattened:
-            if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
-                data = getattr(loader, "dataset", None)
-                warnings.warn(
-                    f"the checkpoint is from batch {progress.current.ready} of an epoch, and {type(loader).__name__} over "
-                    f"{type(data).__name__} has no state to continue from: the rest of this epoch sees other batches than the "
-                    "interrupted run. Resume at the end of an epoch, or use a loader with state_dict (PEFTDataModule has one).",
-                    stacklevel=2,
-                )
+        restoring.warn_of_stateless_loader(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep running statistics still, whatever has called ``train()`` in between."""
@@ -454,13 +415,13 @@ class PEFTCallback(pl.Callback):
         run.step, before, run.scale = trainer.global_step, run.scale, _scale(trainer)
         skipped = before is not None and run.scale is not None and run.scale < before
         if run.sentinel is not None:  # before the schedule, which may put back what a step has moved (masks)
-            report = run.sentinel.after_step(stepped, skipped=skipped or outputs is None)
+            report = run.sentinel.after_step(skipped=skipped or outputs is None)
             if run.sentinel.done:
                 sentinel, run.sentinel = run.sentinel, None
                 if report is not None:
                     sentinel.close(self.gradient_sentinel, report)
         if run.schedule is not None:
-            for optimizer in stepped or [None]:
+            for optimizer in stepped or (None,):
                 run.schedule.after_step(optimizer, skipped=skipped)
 
     def _check_ran(self, module: nn.Module, *, training: bool = True) -> None:
@@ -507,7 +468,7 @@ class PEFTCallback(pl.Callback):
 
     # ------------------------------------------------------------------ end
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         """Write the adapter folders."""
         self.run.finished = True
         if self.export is False or trainer.fast_dev_run:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError
 
+MAX_NEW_TOKENS = 64
+"""Where the user sets no length; transformers' own default of 20 tokens counts the prompt in."""
+
 
 def left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return ids and mask (batch, length) with the padding of every row moved to the left, where generation needs it."""
@@ -27,7 +30,7 @@ def generate(model: nn.Module, tokenizer: Any, ids: Tensor, mask: Tensor, option
         tokenizer: Decodes; gives the pad token, or EOS in its place.
         ids: Prompts.
         mask: 1 where they are no padding.
-        options: Arguments of ``model.generate``; greedy unless they say otherwise.
+        options: Arguments of ``model.generate``; greedy and at most 64 new tokens unless they say otherwise.
 
     Raises:
         ConfigError: The model cannot generate, or there is no tokenizer.
@@ -41,7 +44,9 @@ def generate(model: nn.Module, tokenizer: Any, ids: Tensor, mask: Tensor, option
     if not seq2seq:
         ids, mask = left_padded(ids, mask)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    defaults = {"pad_token_id": pad, "eos_token_id": _ends(model, tokenizer), "do_sample": False}
+    defaults: dict[str, Any] = {"pad_token_id": pad, "eos_token_id": _ends(model, tokenizer), "do_sample": False}
+    if "max_length" not in options:
+        defaults["max_new_tokens"] = MAX_NEW_TOKENS
     with torch.no_grad():
         out: Tensor = method(input_ids=ids, attention_mask=mask, **{**defaults, **options})
     texts: list[str] = tokenizer.batch_decode(out if seq2seq else out[:, ids.shape[1] :], skip_special_tokens=True)

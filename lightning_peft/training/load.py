@@ -52,6 +52,6 @@ def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: A
                 hook.remove()
 
     Adapted.__name__, Adapted.__qualname__ = cls.__name__, cls.__qualname__
-    model: M = Adapted.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
+    model: M = Adapted.load_from_checkpoint(path, **kwargs)
     model.__class__ = cls
     return model

@@ -29,7 +29,7 @@ from lightning_peft.training.metrics import F1, Accuracy, collection
 from lightning_peft.training.param_groups import far_off, parameter_groups, set_rates, suggestion
 from lightning_peft.training.restoring import lenient, prepare
 from lightning_peft.training.schedulers import SCHEDULES, ScheduleName, scheduler
-from lightning_peft.training.tasks import TASKS, classify
+from lightning_peft.training.tasks import TASKS, classify, compute_wide
 from lightning_peft.training.tokens import add_special_tokens, with_new_rows
 from lightning_peft.types import AdapterDtype
 
@@ -218,6 +218,9 @@ class PEFTLightningModule(pl.LightningModule):
             self.extra_modules = [f"{BASE}.{path}" for path in new]
         self.peft.extra_modules = tuple(dict.fromkeys((*self.peft.extra_modules, *self.extra_modules)))
         handle = self.peft.install(self)
+        if self.task.needs_labels:
+            for path in new:
+                compute_wide(self.base.get_submodule(path))
         if self.source is not None:
             handle.usage |= {"base": self.source.name, "revision": self.source.revision, "dtype": self.source.dtype}
         handle.usage |= {"task": self.task.name, "labels": self.labels}

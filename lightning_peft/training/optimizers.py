@@ -87,6 +87,9 @@ def split_groups(
                 if kind:
                     _split(optimizer, index, dict(kind), [p for p in group["params"] if wanted.get(id(p), ()) == kind], attached)
             group["params"][:] = [p for p in group["params"] if id(p) not in wanted]
+    for container in known:
+        if hasattr(container, "_schedulers") and hasattr(container, "_last_lr"):  # its list is a report of the groups
+            container._last_lr = [g["lr"] for g in container._schedulers[0].optimizer.param_groups]
 
 
 def _split(optimizer: Optimizer, index: int, options: dict[str, float], params: list[Any], attached: list[Any]) -> None:

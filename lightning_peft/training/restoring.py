@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,8 @@ def lenient(module: nn.Module, names: tuple[str, ...]) -> RemovableHandle:
     A hook on the module and not an argument of one call, since WeightAveraging and others load by themselves. It works from the
     adapters that the module (or its deep copy) has, so that it may be copied and pickled.
     """
-    return module.register_load_state_dict_post_hook(functools.partial(_after_load, names))
+    hook: RemovableHandle = module.register_load_state_dict_post_hook(functools.partial(_after_load, names))
+    return hook
 
 
 def _after_load(names: tuple[str, ...], module: nn.Module, incompatible: Any) -> None:
@@ -145,3 +147,20 @@ def _after_load(names: tuple[str, ...], module: nn.Module, incompatible: Any) ->
         incompatible.missing_keys[:] = [
             k for k in incompatible.missing_keys if any(strip_wrappers(k) == t or strip_wrappers(k).endswith("." + t) for t in trained)
         ]
+
+
+def warn_of_stateless_loader(trainer: Any) -> None:
+    """Name the loaders that cannot continue in the middle of an epoch, when a run resumes there."""
+    loop = trainer.fit_loop
+    progress = loop.epoch_loop.batch_progress
+    if not (loop.restarting or loop.epoch_loop.restarting) or progress.current.ready == 0 or progress.is_last_batch:
+        return
+    for loader in loop._combined_loader.flattened:
+        if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+            warnings.warn(
+                f"the checkpoint is from batch {progress.current.ready} of an epoch, and {type(loader).__name__} over "
+                f"{type(getattr(loader, 'dataset', None)).__name__} has no state to continue from: the rest of this epoch sees other "
+                "batches than the interrupted run. Resume at the end of an epoch, or use a loader with state_dict (PEFTDataModule has "
+                "one).",
+                stacklevel=2,
+            )

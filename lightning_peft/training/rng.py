@@ -16,7 +16,7 @@ RNGState = dict[str, Any]
 def rng_state() -> RNGState:
     """Return the states of Python's, NumPy's and torch's generators, of the current CUDA device too, in this process."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: RNGState = {
         "python": {"version": version, "numbers": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
         "numpy": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ class GradientSentinel:
     steps: int = 0
 
     def __post_init__(self) -> None:
+        self._effective = False  # the learning rate is read before the step: afterwards a scheduler has moved it on
         self.watched = {id(t): (t, _Watched(key, local(t).detach().clone())) for key, t in self._tensors().items()}
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -64,6 +65,7 @@ class GradientSentinel:
     def before_step(self, optimizer: Optimizer) -> None:
         """Look at the gradients, after backward and before the step."""
         for group in optimizer.param_groups:
+            self._effective |= float(group["lr"]) > 0
             for parameter in group["params"]:
                 if id(parameter) not in self.watched:
                     continue
@@ -74,17 +76,16 @@ class GradientSentinel:
                     record.reached = True
                     record.gradient |= bool(local(parameter.grad).ne(0).any())
 
-    def after_step(self, optimizers: Sequence[Optimizer], *, skipped: bool) -> str | None:
+    def after_step(self, *, skipped: bool) -> str | None:
         """Count the step; after the last one return what is dead and why, or None.
 
         Args:
-            optimizers: The optimizers that stepped.
             skipped: The gradient scaler skipped the step.
         """
         for tensor, record in self.watched.values():
             record.moved |= not torch.equal(local(tensor.detach()), record.before)
-        if not skipped and any(float(g["lr"]) > 0 for o in optimizers for g in o.param_groups):
-            self.steps += 1
+        self.steps += self._effective and not skipped
+        self._effective = False
         return self.report() if self.steps == STEPS else None
 
     @property

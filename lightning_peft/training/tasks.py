@@ -191,6 +191,18 @@ TASKS: dict[str, Task] = {
 }
 
 
+def compute_wide(head: nn.Module) -> None:
+    """Let a new task head train and compute in fp32 on a base of 16 bit, where small steps would be rounded away."""
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in head.parameters()):
+        head.float()
+        head.register_forward_pre_hook(_in_own_dtype)
+
+
+def _in_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
 def classify(logits: Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:
     """Return ``{"label", "score"}`` for each row of logits (n, classes): the likeliest label and its probability."""
     scores, best = torch.softmax(logits.float(), -1).max(-1)

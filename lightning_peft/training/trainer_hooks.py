@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.checkpoint import live_keys, manifest_of, stamp, strip_wrappers
@@ -33,7 +32,10 @@ class Owner(Protocol):
     """What a PEFT callback offers here."""
 
     name: str
-    checkpoint: str
+
+    @property
+    def checkpoint(self) -> str:
+        """What a checkpoint holds: ``adapter`` or ``full``."""
 
     def handle_of(self, module: nn.Module) -> Handle | None:
         """Return this callback's adapter on a LightningModule, or None."""

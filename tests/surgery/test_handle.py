@@ -124,7 +124,7 @@ def test_state_round_trips_and_is_checked_before_the_first_write() -> None:
     randomize(handle)
     handle.load_state_dict(state)
     assert all(torch.equal(v, state[k]) for k, v in handle.state_dict().items())
-    first, last = list(state)[0], list(state)[-1]
+    first, *_, last = state
     for broken, text in (
         ({k: v for k, v in state.items() if k != last}, f"Missing.*{last}"),
         ({**state, "body.lora_Q": state[first]}, "unexpected.*lora_Q"),

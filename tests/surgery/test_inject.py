@@ -37,18 +37,11 @@ def test_a_name_that_cannot_be_part_of_a_key_is_refused(name: str) -> None:
     assert_plain(model)
 
 
-@pytest.mark.parametrize("name", ["forward", "training", "_modules", "shared-x"])
-def test_a_name_that_modules_use_themselves_is_refused_or_works(name: str) -> None:
+@pytest.mark.parametrize("name", ["forward", "training", "_modules"])
+def test_a_name_that_modules_use_themselves_is_refused(name: str) -> None:
     model = Net()
-    x = torch.randn(2, 6)
-    expected = model(x)
-    try:
-        handle = lp.inject(model, lp.LoRA(targets="head", rank=2), name)
-    except ConflictError as error:
-        assert name in str(error)
-    else:
-        assert torch.equal(model(x), expected)
-        handle.remove()
+    with pytest.raises(ConflictError, match=name):
+        lp.inject(model, lp.LoRA(targets="head", rank=2), name)
     assert_plain(model)
 
 

@@ -55,7 +55,9 @@ class Standardized(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         w = self.weight
-        return self._conv_forward(input, (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5), self.bias)
+        return self._conv_forward(
+            input, (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5), self.bias
+        )
 
 
 def x(*shape: int) -> Callable[[], Tensor]:

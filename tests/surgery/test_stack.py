@@ -340,7 +340,9 @@ def test_children_of_multihead_attention_are_adapted_through_it_or_refused() -> 
 def known_bypasses() -> dict[str, Any]:
     import transformers as hf
 
-    speech = dict(hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=16, conv_dim=(8,), conv_stride=(4,))
+    speech = dict(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=16, conv_dim=(8,), conv_stride=(4,)
+    )
     wavlm = dict(conv_kernel=(4,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_feat_extract_layers=1)
     mamba = dict(vocab_size=11, hidden_size=12, state_size=4, num_hidden_layers=1, use_cache=False)
     t5 = dict(vocab_size=11, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=3, decoder_start_token_id=0, use_cache=False)
@@ -361,16 +363,22 @@ def known_bypasses() -> dict[str, Any]:
 def test_known_bypasses_work_or_raise(name: str, training: bool) -> None:
     build, target, inputs = known_bypasses()[name]
     model = build().train(training)
-    try:
+
+    def effect() -> Tensor:
         handle = lp.inject(model, lp.LoRA(rank=2, targets=[target]))
+        outputs = []
         with torch.no_grad():
-            torch.manual_seed(0)
-            before = model(**inputs)[0].clone()
-            randomize(handle)
-            torch.manual_seed(0)
-            assert not torch.equal(model(**inputs)[0], before), "no error, and no effect"
-    except (TargetError, AdapterBypassedError) as error:
-        assert target in str(error)
+            for step in (lambda: None, lambda: randomize(handle)):
+                step()
+                torch.manual_seed(0)
+                outputs.append(model(**inputs)[0].clone())
+        return (outputs[1] - outputs[0]).abs().max()
+
+    if name == "t5":  # one object under two names, which does run as encoder.embed_tokens
+        assert effect() > 0
+    else:
+        with pytest.raises((TargetError, AdapterBypassedError), match=target):
+            effect()
 
 
 def test_a_child_called_peft_of_the_base_itself_is_a_conflict() -> None:

@@ -179,7 +179,7 @@ def test_schedule_needs_to_know_the_end(tmp_path: Path) -> None:
 
 
 def test_frozen_tensors_of_a_resumed_run_stay_frozen(tmp_path: Path) -> None:
-    module, run = fit(tmp_path / "a", Plain, LORA)
+    module, _ = fit(tmp_path / "a", Plain, LORA)
     resumed, _ = fit(tmp_path / "b", Plain, LORA, path=tmp_path / "a" / "step=8.ckpt")
     flags = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (module, resumed)]
     assert flags[0] == flags[1]

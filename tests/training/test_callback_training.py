@@ -15,7 +15,7 @@ from lightning_peft.errors import AdapterBypassedError, ConfigError, DeadAdapter
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.training.modes import BaseModes
 from tests.backbones import llama
-from tests.training.toys import EarlyOptimizer, Plain, adapter_state, base_state, callback, loader, same, trainer
+from tests.training.toys import EarlyOptimizer, Plain, adapter_state, base_state, callback, loader, registered, same, trainer
 
 NORM = {"class_path": "LoRA", "init_args": {"rank": 2, "targets": ["0", "4"]}}
 
@@ -35,7 +35,7 @@ class Modes(pl.Callback):
         self.seen: list[list[bool]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append([m.training for m in pl_module.net])
+        self.seen.append([pl_module.net[i].training for i in range(5)])
 
 
 # ---------------------------------------------------------------------- the frozen base
@@ -48,7 +48,7 @@ def test_train_is_called_and_statistics_stay(tmp_path: Path) -> None:
     trainer(tmp_path, callback(NORM), modes, max_epochs=2).fit(module, loader())
     assert modes.seen == [[True, False, True, True, True]] * 8  # in the second epoch, after validation, too
     assert same(before, base_state(module))
-    assert [m.training for m in module.net] == [False] * 5  # as it was before fit
+    assert [module.net[i].training for i in range(5)] == [False] * 5  # as it was before fit
 
 
 def test_statistics_stay_when_the_user_calls_train(tmp_path: Path) -> None:
@@ -121,7 +121,8 @@ class BypassingRoot(Bypassing):
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_bypassed_adapter_is_an_error_in_every_stage(cls: Any, stage: str, tmp_path: Path) -> None:
     class NoValidation(cls):
-        validation_step = None
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("n", 0.0)
 
     module = NoValidation() if stage == "fit" else cls()
     targets = {"class_path": "LoRA", "init_args": {"rank": 2, "targets": ["net.0", "net.3"]}}
@@ -215,7 +216,7 @@ def test_reentrant_checkpointing_is_named(tmp_path: Path) -> None:
             return self.net(input_ids=ids, labels=ids).loss + 0 * self.net.lm_head.weight.new_zeros(1, requires_grad=True).sum()
 
     peft = callback({"class_path": "LoRA", "init_args": {"rank": 2}})
-    with pytest.warns(UserWarning), pytest.raises(DeadAdapterError, match="reentrant activation checkpointing cuts the graph"):
+    with pytest.warns(UserWarning, match="requires_grad=True"), pytest.raises(DeadAdapterError, match="reentrant activation checkpointing cuts the graph"):
         trainer(tmp_path, peft).fit(Reentrant(), loader())
 
 
@@ -269,16 +270,17 @@ class Manual(Plain):
         optimizer.step()
 
 
-@pytest.mark.parametrize("cls", [Plain, Manual])
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(Plain, {}), (Plain, {"accumulate_grad_batches": 2}), (Plain, {"precision": "bf16-mixed"}), (Manual, {})],
+)
 def test_schedule_sees_every_step_and_its_penalty_is_the_loss_plus_penalty(cls: Any, options: Any, tmp_path: Path) -> None:
-    if cls is Manual and "accumulate_grad_batches" in options:
-        pytest.skip("Lightning refuses accumulation under manual optimization")
     Recorded.log.clear()
     module, twin = cls(), InLoss()
     strategy = {"rank": 2, "targets": ["0", "3"]}
     torch.manual_seed(1)
-    trainer(tmp_path, callback(Scheduled(**strategy)), **options).fit(module, loader())
+    with registered(Scheduled):
+        trainer(tmp_path, callback(Scheduled(**strategy)), **options).fit(module, loader())
     torch.manual_seed(1)
     trainer(tmp_path, callback(lp.LoRA(**strategy)), **options).fit(twin, loader())
     steps = 4 // options.get("accumulate_grad_batches", 1)
@@ -292,6 +294,7 @@ def test_schedule_sees_every_step_and_its_penalty_is_the_loss_plus_penalty(cls: 
 # ---------------------------------------------------------------------- neighbours
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_learning_rate_finder_leaves_the_base_and_trains_early_optimizers(tmp_path: Path) -> None:
     """It trains before on_fit_start and without other callbacks: the base has to be still and the adapter in the optimizer by then."""
 
@@ -311,7 +314,7 @@ def test_learning_rate_finder_leaves_the_base_and_trains_early_optimizers(tmp_pa
     step = EarlyNorm.training_step
 
     def spy(self: Any, batch: Any, batch_idx: int) -> Tensor:
-        Look.moved.append(float(self.net[0].peft.default.lora_B.abs().max()))
+        Look.moved.append(float(self.net[0].peft.default.lora_B.detach().abs().max()))
         return step(self, batch, batch_idx)
 
     EarlyNorm.training_step = spy  # type: ignore[method-assign]
@@ -329,17 +332,15 @@ def test_learning_rate_finder_leaves_the_base_and_trains_early_optimizers(tmp_pa
 
 def test_batch_size_finder(tmp_path: Path) -> None:
     class Sized(Plain):
-        def __init__(self, lr: float = 0.01, batch_size: int = 2) -> None:
-            super().__init__(lr)
-            self.batch_size = batch_size
+        size = 2
 
         def train_dataloader(self) -> Any:
-            return loader(64, batch_size=self.batch_size)
+            return loader(64, batch_size=self.size)
 
     module = Sized()
     before = base_state(module)
-    trainer(tmp_path, BatchSizeFinder(max_trials=2, steps_per_trial=1), callback()).fit(module)
-    assert module.batch_size == 8
+    trainer(tmp_path, BatchSizeFinder(max_trials=2, steps_per_trial=1, batch_arg_name="size"), callback()).fit(module)
+    assert module.size == 4
     assert same(before, base_state(module))
     assert adapter_state(module)["net.0.peft.default.lora_B"].abs().max() > 0
 
@@ -355,7 +356,7 @@ def test_batch_size_finder(tmp_path: Path) -> None:
         {"precision": "bf16-true"},
         {"precision": "64-true"},
         {"gradient_clip_val": 0.1},
-        {"max_steps": 3, "max_epochs": -1},
+        {"max_steps": 4, "max_epochs": -1},
     ],
     ids=lambda options: ",".join(options),
 )
@@ -372,7 +373,7 @@ def test_trainer_options(options: dict[str, Any], cls: Any, tmp_path: Path) -> N
 def test_table_says_what_trains(tmp_path: Path, capsys: Any) -> None:
     trainer(tmp_path, callback(verbose=True)).fit(Plain(), loader())
     text = capsys.readouterr().out
-    for word in ("LoRA on 'net', a Sequential", "lora_A 2x32", "132", "23.404% of 564", "checkpoint"):
+    for word in ("LoRA on 'net', a Sequential", "lora_A 2x32", "lora_B 2x2", "checkpoint"):
         assert word in text
     trainer(tmp_path, callback()).fit(Plain(), loader())
     assert capsys.readouterr().out == ""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_peft.errors import ConfigError, DataError
+from lightning_peft.strategies import get_method, list_methods
 from lightning_peft.strategies.reparameterized.lora import LoRA
 from lightning_peft.training.generation import answer_scores, left_padded
 from lightning_peft.training.metrics import F1
@@ -82,6 +83,34 @@ def test_the_head_is_an_extra_module_that_trains(task):
     before = base.classifier.weight.detach().clone()
     trainer().fit(module, loader(batches))
     assert (base.classifier.weight != before).any()
+
+
+def test_a_new_head_on_a_16_bit_base_trains_in_fp32(tmp_path):
+    transformers.BertModel(tiny.bert()).to(torch.bfloat16).save_pretrained(tmp_path)
+    module = PEFTLightningModule("lora", str(tmp_path), "sequence_classification", labels=LABELS, tokenizer=tokenizer())
+    module.configure_model()
+    assert module.base.bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
+    assert module.base.classifier.weight.dtype == torch.float32
+    before = module.base.classifier.weight.detach().clone()
+    trainer().fit(module, loader(_case("sequence_classification")[1]))
+    assert (module.base.classifier.weight != before).any()
+
+
+METHODS = [i.name for i in list_methods() if i.name not in ("bitfit", "compose", "head")]  # biases, parts, an untied head
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_is_scored_as_the_model_itself(method):
+    base, batches = _case("causal_lm")
+    info = get_method(method)
+    module = PEFTLightningModule(info.cls(**info.example), base, lr=info.lr)
+    run = trainer(max_epochs=4)
+    run.fit(module, loader(batches), loader(batches))
+    module.eval()
+    with torch.no_grad():
+        sums = [(base(**b).loss.item(), TASKS["causal_lm"].labelled(b)) for b in batches]
+    expected = sum(loss * n for loss, n in sums) / sum(n for _, n in sums)
+    assert run.callback_metrics["val_loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_plain_torch_model_classifies_images_given_as_pairs():

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from lightning_peft.errors import ConfigError, TargetError
+from lightning_peft.errors import ConfigError, MergeError, TargetError
 from lightning_peft.strategies.install import inject
 from lightning_peft.strategies.reparameterized.lora import LoRA
 from lightning_peft.strategies.selective.token_rows import TokenRows
@@ -134,8 +134,9 @@ def test_an_embedding_that_does_more_than_look_up_still_sees_the_rows():
     assert torch.equal(out[1], scaled.weight[5] * 3.0)
 
 
-def test_merging_writes_the_rows():
-    base = _llama(tied=False)
+@pytest.mark.parametrize("tied", [True, False])
+def test_merging_writes_the_rows(tied):
+    base = _llama(tied)
     handle = inject(base, TokenRows(ids=[4, 9]))
     with torch.no_grad():
         for slot in handle.slots:
@@ -146,6 +147,27 @@ def test_merging_writes_the_rows():
     assert (base(input_ids=ids).logits - before).abs().max() < 1e-10
     handle.unmerge()
     assert (base(input_ids=ids).logits - before).abs().max() < 1e-12
+    assert (base.lm_head.weight is base.model.embed_tokens.weight) is tied
+
+
+def test_one_of_two_tied_layers_is_not_merged():
+    base = _llama()
+    handle = inject(base, TokenRows(ids=[4, 9], targets=["embed_tokens"]))
+    with torch.no_grad():
+        handle.slots[0].tensor().add_(1.0)
+    with pytest.raises(MergeError, match="tied"):
+        handle.merge()
+
+
+def test_a_tied_model_with_new_tokens_is_merged_at_the_end(tmp_path):
+    module, folder = _module(tmp_path, callback={"merge_on_end": True, "export": False})
+    trainer(max_epochs=2).fit(module, _data(module))
+    assert module.handle.merged
+    weight = module.base.model.embed_tokens.weight
+    assert weight is module.base.lm_head.weight
+    old = transformers.LlamaForCausalLM.from_pretrained(folder).model.embed_tokens.weight
+    assert torch.equal(weight[:VOCABULARY], old)
+    assert (weight[VOCABULARY:] != old.mean(0)).any(1).all()
 
 
 def test_bad_ids_are_refused():

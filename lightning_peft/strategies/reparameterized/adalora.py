@@ -6,6 +6,7 @@ Branch: equation 3. Orthogonality: equation 4. Importance: equations 8 to 10. Bu
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ class AdaLoRA(PEFTStrategy):
     def validate(self) -> None:
         require(self.initial_rank >= 1, self, "initial_rank", "it must be at least 1")
         require(1 <= self.target_rank <= self.initial_rank, self, "target_rank", "it must lie between 1 and initial_rank")
-        require(self.alpha > 0, self, "alpha", "it must be positive")
+        require(0 < self.alpha < math.inf, self, "alpha", "it must be positive and finite")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "a probability below 1 is needed")
         require(self.warmup >= 0, self, "warmup", "it must not be negative")
         require(self.final >= 0, self, "final", "it must not be negative")
@@ -138,8 +139,8 @@ class RankAllocation(Schedule):
             return
         self.step += 1
         stop = self.total_steps - self._phase(self.strategy.final)
-        # After the last allocation the ranks are fixed: the scores of that moment decide for the rest of the run.
-        if self.step <= stop:
+        # From the final phase on the ranks are fixed: the scores before it decide for the rest of the run, as in the authors' code.
+        if self.step < stop or not self.importance:
             self._update_scores()
         budget, allocate = self.budget(self.step)
         if allocate:

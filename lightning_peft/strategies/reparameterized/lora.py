@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,7 +58,7 @@ class LoRA(PEFTStrategy):
 
     def validate(self) -> None:
         require(self.rank >= 1, self, "rank", "it must be at least 1")
-        require(self.alpha > 0, self, "alpha", "it must be positive")
+        require(0 < self.alpha < math.inf, self, "alpha", "it must be positive and finite")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "a probability below 1 is needed")
         require(self.bias in ("none", "adapted", "all"), self, "bias", "it is one of none, adapted, all")
         require(self.init in ("default", "gaussian", "pissa"), self, "init", "it is one of default, gaussian, pissa")
