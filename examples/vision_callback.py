@@ -28,6 +28,8 @@ import lightning_peft as lp
 
 
 class Digits(pl.LightningModule):
+    """Three convolutions and a linear head."""
+
     def __init__(self, lr: float = 3e-3) -> None:
         super().__init__()
         self.save_hyperparameters()

@@ -121,7 +121,9 @@ class Handle:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the owned tensors by file key, detached and not copied."""
         self._forbid_merged("state_dict()")
-        return {s.key: s.tensor().detach() for s in self.slots}
+        # Inside disabled() a claimed tensor holds the base's value; its trained one waits among the originals.
+        trained = self._originals if self._disabled else {}
+        return {s.key: trained.get(s.key, s.tensor().detach()) if s.claimed else s.tensor().detach() for s in self.slots}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors into the owned slots; all are checked before the first is written.
@@ -131,6 +133,7 @@ class Handle:
             MergeError: The adapter is merged.
         """
         self._forbid_merged("load_state_dict()")
+        self._forbid_disabled("load_state_dict()")
         slots = {s.key: s for s in self.slots}
         missing, unexpected = sorted(slots.keys() - state.keys()), sorted(state.keys() - slots.keys())
         if missing or unexpected:
@@ -197,6 +200,7 @@ class Handle:
                 tied; a bias is missing; the result is not finite. Nothing is changed then.
         """
         self._forbid_merged("merge()")
+        self._forbid_disabled("merge()")
         self.verify()
         writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
         for entry in self.entries:
@@ -368,6 +372,10 @@ class Handle:
                 f"{what} while adapter '{self.name}' is merged: its effect is in the base weights. Call unmerge() first."
             )
 
+    def _forbid_disabled(self, what: str) -> None:
+        if self._disabled:
+            raise ConflictError(f"{what} inside disabled() of adapter '{self.name}'. Leave the `with` block first.")
+
     # ------------------------------------------------------------------ life cycle
 
     def remove(self) -> None:
@@ -375,6 +383,7 @@ class Handle:
 
         After :meth:`merge` the merged weights stay, so ``merge(); remove()`` leaves a plain fine-tuned model.
         """
+        self._forbid_disabled("remove()")
         if not self._restore:
             return  # already removed; what it claimed may by now be trained by somebody else
         if not self.merged:

@@ -230,10 +230,11 @@ def apply_plan(
     _check(surgery, plan)
     handle.base_fingerprint = base_fingerprint(root)
     try:
-        for shared, build in plan.shared.items():
-            surgery.add_shared(shared, build(surgery.call_context("", (SHARED, shared))))
-        for edit in plan.edits:
-            edit.apply(surgery)
+        with torch.inference_mode(False):  # parameters made in inference mode could never train
+            for shared, build in plan.shared.items():
+                surgery.add_shared(shared, build(surgery.call_context("", (SHARED, shared))))
+            for edit in plan.edits:
+                edit.apply(surgery)
         surgery.register()
     except BaseException:
         while handle._restore:

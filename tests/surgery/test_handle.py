@@ -179,6 +179,33 @@ def test_disabled_ends_with_an_exception_too() -> None:
     assert torch.equal(model(IDS), expected)
 
 
+def test_inside_disabled_the_trained_state_is_saved_and_nothing_may_change_it() -> None:
+    model = tied(False)
+    handle = lp.inject(model, lp.LoRA(rank=2, targets="body", bias="adapted"))
+    randomize(handle)
+    state = {k: v.clone() for k, v in handle.state_dict().items()}
+    with handle.disabled():
+        assert all(torch.equal(v, state[k]) for k, v in handle.state_dict().items())
+        for change in (handle.remove, handle.merge, lambda: handle.load_state_dict(state)):
+            with pytest.raises(ConflictError, match=r"inside disabled\(\)"):
+                change()
+    assert all(torch.equal(v, state[k]) for k, v in handle.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", [lp.LoRA(rank=2, targets="body"), lp.VeRA(rank=2, targets="body"), lp.BitFit()])
+def test_installed_and_disabled_in_inference_mode_it_still_trains(strategy: lp.PEFTStrategy) -> None:
+    model = tied(False)
+    with torch.inference_mode():
+        handle = lp.inject(model, strategy)
+        model(IDS)
+        with handle.disabled():
+            model(IDS)
+    model(IDS).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in handle.trainable_parameters())
+    handle.remove()
+    assert torch.equal(model.body.bias, tied(False).body.bias)
+
+
 def test_removing_twice_does_not_touch_what_others_train_since() -> None:
     model = tied(False)
     first = lp.inject(model, lp.BitFit(), "first")

@@ -360,25 +360,16 @@ def known_bypasses() -> dict[str, Any]:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ["wavlm", "mamba", "t5"])
-def test_known_bypasses_work_or_raise(name: str, training: bool) -> None:
+def test_known_bypasses_raise(name: str, training: bool) -> None:
     build, target, inputs = known_bypasses()[name]
     model = build().train(training)
 
-    def effect() -> Tensor:
-        handle = lp.inject(model, lp.LoRA(rank=2, targets=[target]))
-        outputs = []
-        with torch.no_grad():
-            for step in (lambda: None, lambda: randomize(handle)):
-                step()
-                torch.manual_seed(0)
-                outputs.append(model(**inputs)[0].clone())
-        return (outputs[1] - outputs[0]).abs().max()
+    def install_and_run() -> None:
+        lp.inject(model, lp.LoRA(rank=2, targets=[target]))
+        model(**inputs)
 
-    if name == "t5":  # one object under two names, which does run as encoder.embed_tokens
-        assert effect() > 0
-    else:
-        with pytest.raises((TargetError, AdapterBypassedError), match=target):
-            effect()
+    with pytest.raises((TargetError, AdapterBypassedError), match=target):
+        install_and_run()
 
 
 def test_a_child_called_peft_of_the_base_itself_is_a_conflict() -> None:

@@ -448,7 +448,7 @@ def test_swa_and_batch_norm_of_the_base_are_refused(tmp_path: Path) -> None:
 
 
 def test_disk_full_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
-    run, module, path = fitted(tmp_path)
+    run, _, path = fitted(tmp_path)
     before = path.read_bytes()
 
     def full(*args: Any, **kwargs: Any) -> None:

@@ -60,8 +60,6 @@ class LoRA(PEFTStrategy):
         require(self.rank >= 1, self, "rank", "it must be at least 1")
         require(0 < self.alpha < math.inf, self, "alpha", "it must be positive and finite")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "a probability below 1 is needed")
-        require(self.bias in ("none", "adapted", "all"), self, "bias", "it is one of none, adapted, all")
-        require(self.init in ("default", "gaussian", "pissa"), self, "init", "it is one of default, gaussian, pissa")
         require(all(r >= 1 for r in self.rank_per_target.values()), self, "rank_per_target", "each rank must be at least 1")
         require(all(a > 0 for a in self.alpha_per_target.values()), self, "alpha_per_target", "each alpha must be positive")
 
