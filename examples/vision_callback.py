@@ -97,12 +97,16 @@ def main(folder: Path, epochs: int = 10) -> dict[str, float]:
     again = pl.Trainer(**quiet).test(fresh, new[1], verbose=False)[0]["accuracy"]
 
     files = {p.name: p.stat().st_size for p in (folder / "adapter" / "last").iterdir()}
-    print(f"accuracy on 5 to 9: {before:.3f} before, {after:.3f} after, {again:.3f} from {files} in {folder / 'adapter' / 'last'}")
+    print(
+        f"accuracy on 5 to 9: {before:.3f} before, {after:.3f} after, {again:.3f} from {files} in {folder / 'adapter' / 'last'}"
+    )
     return {"before": before, "after": after, "again": again}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=None, help="where checkpoints and adapters go (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where checkpoints and adapters go (default: a temporary folder)"
+    )
     arguments = parser.parse_args()
     main(arguments.folder or Path(tempfile.mkdtemp(prefix="vision_callback-")))

@@ -12,9 +12,6 @@ from lightning_peft import errors as errors
 from lightning_peft.checkpoint import inspect_adapter as inspect_adapter
 from lightning_peft.checkpoint import load_adapter as load_adapter
 from lightning_peft.checkpoint import save_adapter as save_adapter
-from lightning_peft.checkpoint import inspect_adapter as inspect_adapter
-from lightning_peft.checkpoint import load_adapter as load_adapter
-from lightning_peft.checkpoint import save_adapter as save_adapter
 from lightning_peft.errors import PEFTError as PEFTError
 from lightning_peft.strategies import AdaLoRA as AdaLoRA
 from lightning_peft.strategies import BitFit as BitFit

@@ -143,7 +143,9 @@ def load_model(source: BaseSource, task: str, labels: Sequence[str] | None = Non
     body = getattr(model, "base_model_prefix", "")
     foreign = sorted(key for key in mismatched if body and key.startswith(body + "."))
     if foreign:
-        raise CompatibilityError(f"base={source.name!r}: '{foreign[0]}' of the checkpoint has another shape than the model needs.")
+        raise CompatibilityError(
+            f"base={source.name!r}: '{foreign[0]}' of the checkpoint has another shape than the model needs."
+        )
     _forget_quantizer(model)
     model.train()  # from_pretrained leaves eval mode, in which dropout and activation checkpointing are off
     return LoadedBase(model, new_modules(model, mismatched | set(info["missing_keys"])))

@@ -227,9 +227,7 @@ class Handle:
             entry.merged = True
         self.merged = True
 
-    def _plan_merge(
-        self, entry: Entry, writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]], *, add_bias: bool
-    ) -> None:
+    def _plan_merge(self, entry: Entry, writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]], *, add_bias: bool) -> None:
         adapter = entry.adapter
         if not isinstance(entry, (AttachEntry, ReparametrizeEntry)) or not isinstance(adapter, MergeableModule):
             raise MergeError(
@@ -347,7 +345,8 @@ class Handle:
     def _subtract(self) -> None:
         results: list[tuple[AttachEntry | ReparametrizeEntry, Tensor, Tensor | None]] = []
         for entry in reversed(self.entries):
-            assert isinstance(entry, (AttachEntry, ReparametrizeEntry)) and isinstance(entry.adapter, MergeableModule)
+            assert isinstance(entry, (AttachEntry, ReparametrizeEntry))
+            assert isinstance(entry.adapter, MergeableModule)
             weight, bias = entry.site.weight(entry.module), entry.site.bias(entry.module)
             compute = torch.promote_types(weight.dtype, torch.float32)
             with torch.no_grad():

@@ -192,8 +192,8 @@ def split_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Return the first tensor argument of a call and a function that gives the arguments with it replaced."""
     for i, value in enumerate(args):
         if isinstance(value, Tensor):
-            return value, lambda x: ((*args[:i], x, *args[i + 1 :]), kwargs)
+            return value, lambda x, i=i: ((*args[:i], x, *args[i + 1 :]), kwargs)
     for name, value in kwargs.items():
         if isinstance(value, Tensor):
-            return value, lambda x: (args, {**kwargs, name: x})
+            return value, lambda x, name=name: (args, {**kwargs, name: x})
     raise UnsupportedLayerError(f"{type(module).__name__} was called without a tensor; an adapter has nothing to read.")

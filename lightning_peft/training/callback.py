@@ -122,7 +122,9 @@ class PEFTCallback(pl.Callback):
     ) -> None:
         super().__init__()
         self.strategy = resolve(strategy)
-        resolve(self.strategy.to_dict())  # what a checkpoint will say of it; a class that is not registered could not be read back
+        resolve(
+            self.strategy.to_dict()
+        )  # what a checkpoint will say of it; a class that is not registered could not be read back
         self.name = name
         self.module = module
         self.extra_modules = (extra_modules,) if isinstance(extra_modules, str) else tuple(extra_modules)
@@ -137,14 +139,18 @@ class PEFTCallback(pl.Callback):
         self.verbose = verbose
         self._run: _Run | None = None
         if not NAME.fullmatch(name):
-            raise ConfigError(f"PEFTCallback: name={name!r}, but only letters, digits, '_' and '-' can be part of parameter names.")
+            raise ConfigError(
+                f"PEFTCallback: name={name!r}, but only letters, digits, '_' and '-' can be part of parameter names."
+            )
         for option, kind in (("checkpoint", Holds), ("gradient_sentinel", Reaction), ("adapter_dtype", AdapterDtype)):
             value, allowed = getattr(self, option), get_args(kind)
             if value not in allowed:
                 hint = did_you_mean(str(value), allowed)
                 raise ConfigError(f"PEFTCallback: {option}={value!r}, but it is one of {', '.join(allowed)}.{hint}")
         if merge_on_end and not self.strategy.mergeable:
-            raise ConfigError(f"PEFTCallback: merge_on_end=True, but {type(self.strategy).__name__} cannot be merged into a weight.")
+            raise ConfigError(
+                f"PEFTCallback: merge_on_end=True, but {type(self.strategy).__name__} cannot be merged into a weight."
+            )
 
     @property
     def state_key(self) -> str:
@@ -250,7 +256,9 @@ class PEFTCallback(pl.Callback):
         TrainerHooks.enter(trainer.strategy, self)
         builds = overrides(pl_module, "configure_model")
         # A module that is built in `setup` is not here yet; weight averaging that copies the module right after us is no reason to wait.
-        late = builds or (overrides(pl_module, "setup") and not any(is_a(c, "StochasticWeightAveraging") for c in trainer.callbacks))
+        late = builds or (
+            overrides(pl_module, "setup") and not any(is_a(c, "StochasticWeightAveraging") for c in trainer.callbacks)
+        )
         if installed or not late:
             self._install_for(pl_module)
         elif builds or not is_a(trainer.strategy, "ModelParallelStrategy"):  # else Lightning's own error about configure_model
@@ -348,7 +356,9 @@ class PEFTCallback(pl.Callback):
             return
         total = trainer.estimated_stepping_batches
         if math.isinf(total):
-            raise ConfigError(f"{type(handle.strategy).__name__} plans over the whole run; set max_epochs or max_steps of the Trainer.")
+            raise ConfigError(
+                f"{type(handle.strategy).__name__} plans over the whole run; set max_epochs or max_steps of the Trainer."
+            )
         schedule.on_start(int(total))
         if run.saved_schedule is not None:
             schedule.load_state_dict(run.saved_schedule)

@@ -68,6 +68,6 @@ def _arxiv(paper: str) -> str:
 
 def _text(table: Table) -> str:
     # A pipe has no width; a table cut to 80 columns would be hard to search.
-    console = Console(file=io.StringIO(), width=max(Console().width, 140))
-    console.print(table)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    text = io.StringIO()
+    Console(file=text, width=max(Console().width, 140)).print(table)
+    return text.getvalue().rstrip()

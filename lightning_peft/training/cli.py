@@ -10,19 +10,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_peft.checkpoint import inspect_adapter
 from lightning_peft.errors import PEFTError, did_you_mean
 from lightning_peft.strategies.registry import list_methods, resolve
+from lightning_peft.training.catalogue import method_card, methods_table
 from lightning_peft.training.data import PEFTDataModule
 from lightning_peft.training.module import PEFTLightningModule
 from lightning_peft.training.serve import generate_text, merge_adapter
-from lightning_peft.training.catalogue import method_card, methods_table
 
 TRAINER_COMMANDS = {
     "fit": "train from a config; checkpoints and the adapter folder are written",
@@ -57,14 +55,9 @@ class PEFTCLI(LightningCLI):
             trainer_defaults=trainer_defaults or None,
             seed_everything_default=0,
             args=list(args) if args is not None else None,
+            parser_class=OneLineParser,
             run=run,
         )
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        kwargs.setdefault("dump_header", [f"lightning-peft {version('lightning-peft')}"])
-        parser = OneLineParser(**kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format.")
-        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.task", "data.task")
@@ -100,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lightning-peft", description="Parameter-efficient fine-tuning. `lightning-peft COMMAND --help` explains each command."
+        prog="lightning-peft",
+        description="Parameter-efficient fine-tuning. `lightning-peft COMMAND --help` explains each command.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in TRAINER_COMMANDS.items():

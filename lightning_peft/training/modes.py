@@ -37,7 +37,9 @@ class BaseModes:
         self.still = [m for m in base if has_statistics(m) or (not base_dropout and not _checkpoints(m))]
         if not base_dropout:
             for module in base:
-                if _checkpoints(module) and any(isinstance(getattr(module, a, 0), float) and getattr(module, a) > 0 for a in _RATES):
+                if _checkpoints(module) and any(
+                    isinstance(getattr(module, a, 0), float) and getattr(module, a) > 0 for a in _RATES
+                ):
                     raise ConfigError(
                         f"base_dropout=False: {type(module).__name__} must stay in train mode for activation checkpointing and has "
                         "dropout in its own forward. Set the dropout rates in the model's config to 0 instead."

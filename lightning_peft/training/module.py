@@ -291,7 +291,9 @@ class PEFTLightningModule(pl.LightningModule):
         needed = [f"{path}.{name}" for path, extra in extras.items() for name, _ in extra.named_parameters()]
         lost = sorted(set(needed) - set(checkpoint["state_dict"]))
         if lost:
-            raise CompatibilityError(f"the checkpoint lacks '{lost[0]}' of the extra modules, which would keep its random values.")
+            raise CompatibilityError(
+                f"the checkpoint lacks '{lost[0]}' of the extra modules, which would keep its random values."
+            )
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -373,7 +375,9 @@ class PEFTLightningModule(pl.LightningModule):
 
     def _metrics(self, name: str, **make: Any) -> MetricCollection:
         if name not in self.metrics:
-            with torch.inference_mode(False):  # `validate` runs in inference mode, `fit` validates without; sums must live in both
+            with torch.inference_mode(
+                False
+            ):  # `validate` runs in inference mode, `fit` validates without; sums must live in both
                 self.metrics[name] = collection(**{key: new() for key, new in make.items()}).to(self.device)
         found = self.metrics[name]
         assert isinstance(found, MetricCollection)

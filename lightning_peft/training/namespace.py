@@ -16,9 +16,7 @@ def is_a(thing: object, *names: str) -> bool:
 def overrides(module: nn.Module, hook: str) -> bool:
     """Return whether the class of a LightningModule defines ``hook`` itself."""
     host = ("lightning", "pytorch_lightning")
-    base = next(
-        (c for c in type(module).__mro__ if c.__name__ == "LightningModule" and c.__module__.split(".")[0] in host), None
-    )
+    base = next((c for c in type(module).__mro__ if c.__name__ == "LightningModule" and c.__module__.split(".")[0] in host), None)
     if base is None:
         raise TypeError(f"{type(module).__name__} is not a LightningModule of lightning.pytorch or pytorch_lightning.")
     return getattr(type(module), hook) is not getattr(base, hook)

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from lightning_peft.training.trainer_hooks import Owner
 
 
-def prepare(
-    checkpoint: dict[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]]
-) -> dict[str, Any]:
+def prepare(checkpoint: dict[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]]) -> dict[str, Any]:
     """Check a loaded checkpoint against the module; nothing has been changed when it raises.
 
     Args:
@@ -46,7 +44,9 @@ def prepare(
     known: set[str] = set()
     for owner, handle in installed:
         if handle.merged:
-            raise MergeError(f"{where} cannot be loaded while adapter '{owner.name}' is merged into the base; unmerge() it first.")
+            raise MergeError(
+                f"{where} cannot be loaded while adapter '{owner.name}' is merged into the base; unmerge() it first."
+            )
         root = strip_wrappers(path_of(module, handle.root) or "")
         live = live_keys(handle, root)
         known |= set(live.values())
@@ -145,7 +145,9 @@ def _after_load(names: tuple[str, ...], module: nn.Module, incompatible: Any) ->
     if absent == frozen:  # the base as a whole is elsewhere; a part of it missing is an error as ever
         trained = {strip_wrappers(n) for n, p in module.named_parameters() if p.requires_grad}
         incompatible.missing_keys[:] = [
-            k for k in incompatible.missing_keys if any(strip_wrappers(k) == t or strip_wrappers(k).endswith("." + t) for t in trained)
+            k
+            for k in incompatible.missing_keys
+            if any(strip_wrappers(k) == t or strip_wrappers(k).endswith("." + t) for t in trained)
         ]
 
 

@@ -41,7 +41,9 @@ def scheduler(optimizer: Optimizer, name: ScheduleName, *, warmup: float, total:
         ConfigError: ``total`` is infinite where the schedule needs an end, or the warm-up is negative or too long.
     """
     if not math.isfinite(total) and (name != "constant" or 0 < warmup < 1):
-        raise ConfigError(f"lr_scheduler={name!r}, warmup={warmup} need a run with an end: set max_epochs or max_steps, or use constant.")
+        raise ConfigError(
+            f"lr_scheduler={name!r}, warmup={warmup} need a run with an end: set max_epochs or max_steps, or use constant."
+        )
     steps = math.ceil(warmup * total) if 0 < warmup < 1 else int(warmup)
     if not 0 <= steps <= total:
         raise ConfigError(f"warmup={warmup}, but it must lie between 0 and the {total} optimizer steps of the run.")

@@ -104,7 +104,8 @@ class GradientSentinel:
         if not reasons:
             return None
         lines = [
-            f"{', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}: {why}" for why, keys in reasons.items()
+            f"{', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}: {why}"
+            for why, keys in reasons.items()
         ]
         count = sum(map(len, reasons.values()))
         return (

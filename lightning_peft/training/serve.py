@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_peft.checkpoint import load_adapter, read_adapter
 from lightning_peft.errors import ConfigError
@@ -80,6 +81,8 @@ def generate_text(
     answers: list[str] = []
     for batch in data.predict_dataloader():
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        assert isinstance(ids, Tensor)
+        assert isinstance(mask, Tensor)
         answers += generate(handle.root, tokenizer, ids, mask, options)
     return [answer.strip() for answer in answers]
 

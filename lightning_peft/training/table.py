@@ -69,7 +69,9 @@ def render(handle: Handle, root: str, others: Mapping[str, nn.Parameter], counte
         rows.setdefault((f"{place} (whole)", f"{tensor} {'x'.join(map(str, parameter.shape))}"), []).append(parameter.numel())
     strategy = type(handle.strategy).__name__
     place = f"'{root}'" if root else "the LightningModule itself"
-    table = Table(title=f"PEFT adapter '{handle.name}': {strategy} on {place}, a {type(handle.root).__name__}", title_justify="left")
+    table = Table(
+        title=f"PEFT adapter '{handle.name}': {strategy} on {place}, a {type(handle.root).__name__}", title_justify="left"
+    )
     for column, justify in (("where", "left"), ("trains", "left"), ("times", "right"), ("parameters", "right")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for (where, shape), sizes in rows.items():

@@ -51,7 +51,9 @@ class Task(ABC):
         """
         if isinstance(batch, Mapping):
             return batch
-        raise DataError(f"task {self.name} needs batches that are mappings such as {{input_ids, labels}}, got {type(batch).__name__}.")
+        raise DataError(
+            f"task {self.name} needs batches that are mappings such as {{input_ids, labels}}, got {type(batch).__name__}."
+        )
 
     def targets(self, batch: Any) -> Tensor:
         """Return the class index of every position, aligned with the logits; -100 where there is no loss."""
@@ -88,7 +90,9 @@ def logits_of(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     logits = logits[0] if isinstance(logits, tuple) else logits
     if not isinstance(logits, Tensor):
-        raise UnsupportedLayerError(f"the base model returned {type(output).__name__}, which holds no logits. Use a model with a head.")
+        raise UnsupportedLayerError(
+            f"the base model returned {type(output).__name__}, which holds no logits. Use a model with a head."
+        )
     return logits
 
 
@@ -141,7 +145,9 @@ class Seq2SeqLM(LanguageTask):
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         if shift is None:
-            raise ConfigError(f"task seq2seq_lm: {type(model).__name__} cannot make decoder inputs from labels; use an HF seq2seq model.")
+            raise ConfigError(
+                f"task seq2seq_lm: {type(model).__name__} cannot make decoder inputs from labels; use an HF seq2seq model."
+            )
         decoder: Tensor = shift(labels=self.targets(batch))
         return logits_of(model(**self.inputs(batch), decoder_input_ids=decoder, use_cache=False))
 

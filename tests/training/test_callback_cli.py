@@ -54,7 +54,9 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 def run(folder: Path, callback: Any, *more: str, cls: Any = Plain) -> LightningCLI:
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump({"trainer": {**QUIET, "default_root_dir": str(folder), "callbacks": [callback]}}))
-    return LightningCLI(cls, Data, args=["fit", "--config", str(config), *more], save_config_callback=None, seed_everything_default=1)
+    return LightningCLI(
+        cls, Data, args=["fit", "--config", str(config), *more], save_config_callback=None, seed_everything_default=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,14 @@ def test_strategy_in_yaml(strategy: Any, tmp_path: Path) -> None:
 
 def test_optimizer_that_the_cli_builds_trains_the_adapter(tmp_path: Path) -> None:
     init = {"strategy": {"class_path": "LoRA", "init_args": {"rank": 2, "targets": ["0", "3"]}}, "verbose": False}
-    more = ["--optimizer", "torch.optim.AdamW", "--optimizer.lr", "0.01", "--lr_scheduler", "torch.optim.lr_scheduler.ExponentialLR"]
+    more = [
+        "--optimizer",
+        "torch.optim.AdamW",
+        "--optimizer.lr",
+        "0.01",
+        "--lr_scheduler",
+        "torch.optim.lr_scheduler.ExponentialLR",
+    ]
     callback = {"class_path": "lightning_peft.PEFTCallback", "init_args": init}
     cli = run(tmp_path, callback, *more, "--lr_scheduler.gamma", "0.9", cls=Project)
     adapter = adapter_state(cli.model)

@@ -235,7 +235,9 @@ def test_path_relative_to_the_root_names_an_extra_module() -> None:
         ({"strategy": {"class_path": "LoRA", "init_args": {"targets": ["net.9"]}}}, TargetError, "matches no role and no module"),
     ],
 )
-def test_what_cannot_be_installed_leaves_the_module_as_it_was(options: dict[str, Any], error: Any, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_installed_leaves_the_module_as_it_was(
+    options: dict[str, Any], error: Any, message: str, tmp_path: Path
+) -> None:
     module = Plain()
     flags = [p.requires_grad for p in module.parameters()]
     with pytest.raises(error, match=message):

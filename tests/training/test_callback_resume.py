@@ -41,7 +41,9 @@ class Interrupt(pl.Callback):
             raise KeyboardInterrupt
 
 
-def fit(folder: Path, make: Any, strategy: Any, *extra: Any, path: Any = None, data: Any = None, keep: Any = None, **options: Any) -> Any:
+def fit(
+    folder: Path, make: Any, strategy: Any, *extra: Any, path: Any = None, data: Any = None, keep: Any = None, **options: Any
+) -> Any:
     """Fit four epochs from one seed; return the module and the Trainer."""
     torch.manual_seed(11)
     random.seed(11)
@@ -64,8 +66,12 @@ def assert_equal(one: Any, other: Any) -> None:
     states = [r.optimizers[0].state_dict()["state"] for r in (run, twin_run)]
     assert states[0].keys() == states[1].keys()
     for key, record in states[0].items():
-        assert same({k: torch.as_tensor(v) for k, v in record.items()}, {k: torch.as_tensor(v) for k, v in states[1][key].items()})
-    assert [c.scheduler.state_dict() for c in run.lr_scheduler_configs] == [c.scheduler.state_dict() for c in twin_run.lr_scheduler_configs]
+        assert same(
+            {k: torch.as_tensor(v) for k, v in record.items()}, {k: torch.as_tensor(v) for k, v in states[1][key].items()}
+        )
+    assert [c.scheduler.state_dict() for c in run.lr_scheduler_configs] == [
+        c.scheduler.state_dict() for c in twin_run.lr_scheduler_configs
+    ]
 
 
 @pytest.mark.parametrize("make", [Plain, InConfigureModel, InSetup])

@@ -163,7 +163,6 @@ class ZeroRate(Plain):
         return torch.optim.SGD([{"params": [], "lr": 0.0}, {"params": self.net[3].parameters(), "lr": 0.1}])
 
 
-
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
@@ -216,7 +215,10 @@ def test_reentrant_checkpointing_is_named(tmp_path: Path) -> None:
             return self.net(input_ids=ids, labels=ids).loss + 0 * self.net.lm_head.weight.new_zeros(1, requires_grad=True).sum()
 
     peft = callback({"class_path": "LoRA", "init_args": {"rank": 2}})
-    with pytest.warns(UserWarning, match="requires_grad=True"), pytest.raises(DeadAdapterError, match="reentrant activation checkpointing cuts the graph"):
+    with (
+        pytest.warns(UserWarning, match="requires_grad=True"),
+        pytest.raises(DeadAdapterError, match="reentrant activation checkpointing cuts the graph"),
+    ):
         trainer(tmp_path, peft).fit(Reentrant(), loader())
 
 

@@ -205,7 +205,9 @@ def test_recomputed_activations_change_neither_loss_nor_gradients(strategy, tmp_
 
     def gradients(checkpointing):
         torch.manual_seed(0)
-        module = PEFTLightningModule(strategy, str(tmp_path / "gpt2"), gradient_checkpointing=checkpointing, tokenizer=tokenizer())
+        module = PEFTLightningModule(
+            strategy, str(tmp_path / "gpt2"), gradient_checkpointing=checkpointing, tokenizer=tokenizer()
+        )
         module.configure_model()
         blocks = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
         assert bool(blocks) is checkpointing
@@ -231,7 +233,9 @@ def test_recomputed_activations_change_neither_loss_nor_gradients(strategy, tmp_
 def test_recomputing_needs_a_model_that_can():
     base = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="no activation checkpointing"):
-        PEFTLightningModule(LoRA(rank=1, targets=["0"]), base, "image_classification", labels=["a", "b"], gradient_checkpointing=True)
+        PEFTLightningModule(
+            LoRA(rank=1, targets=["0"]), base, "image_classification", labels=["a", "b"], gradient_checkpointing=True
+        )
 
 
 def test_the_callback_is_added_once_and_the_users_own_is_kept(folder):

@@ -73,7 +73,9 @@ def test_classes_are_those_of_the_data(tmp_path, rows):
     assert set(first) == {"label", "score"}
 
 
-@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter", "ignore::DeprecationWarning")  # Lightning 2.6 under jsonargparse 4.53
+@pytest.mark.filterwarnings(
+    "ignore:LightningCLI.s args parameter", "ignore::DeprecationWarning"
+)  # Lightning 2.6 under jsonargparse 4.53
 def test_the_command_line_builds_optimizer_and_scheduler(folder, rows, tmp_path):
     arguments = [
         "fit",

@@ -46,7 +46,9 @@ def _case(task):
     if task == "token_classification":
         model = transformers.BertForTokenClassification(tiny.bert(**IDS))
         return model, [{**b, "labels": torch.where(b["labels"] < 0, -100, b["labels"] % 3)} for b in texts]
-    images = [{"pixel_values": torch.randn(n, 3, 8, 8, generator=generator), "labels": c} for n, c in zip(rows, classes, strict=True)]
+    images = [
+        {"pixel_values": torch.randn(n, 3, 8, 8, generator=generator), "labels": c} for n, c in zip(rows, classes, strict=True)
+    ]
     return transformers.ViTForImageClassification(tiny.vit(**IDS)), images
 
 
@@ -115,7 +117,9 @@ def test_every_method_trains_and_is_scored_as_the_model_itself(method):
 
 def test_a_plain_torch_model_classifies_images_given_as_pairs():
     base = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
-    module = PEFTLightningModule(LoRA(rank=2, targets=["1"]), base, "image_classification", labels=["a", "b"], extra_modules=["base.3"])
+    module = PEFTLightningModule(
+        LoRA(rank=2, targets=["1"]), base, "image_classification", labels=["a", "b"], extra_modules=["base.3"]
+    )
     data = [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 1, 0])) for _ in range(3)]
     trainer().fit(module, loader(data))
     (scores,) = trainer().validate(module, loader(data), verbose=False)
@@ -227,7 +231,9 @@ def test_accuracy_and_f1_of_the_chosen_answer(mode, monkeypatch):
     batch["answer_labels"] = torch.tensor([0, 1, 1, -100])  # the last row only fills up the batch
     chosen = [0, 1, 0, 1]
     if mode == "score":
-        monkeypatch.setattr("lightning_peft.training.module.answer_scores", lambda m, b: F.one_hot(torch.tensor(chosen), 2).float())
+        monkeypatch.setattr(
+            "lightning_peft.training.module.answer_scores", lambda m, b: F.one_hot(torch.tensor(chosen), 2).float()
+        )
     else:
         out = torch.tensor([[30, 2], [31, 2], [40, 2], [31, 2]])  # the third is none of the answers
         monkeypatch.setattr(base, "generate", lambda input_ids, **k: torch.cat([input_ids, out], 1))
@@ -248,10 +254,14 @@ def test_generation_needs_no_left_padding_from_the_data_and_strips_the_prompt():
     ((texts),) = trainer().predict(module, loader([{"input_ids": ids, "attention_mask": mask}]))
     base.eval()
     alone = [
-        base.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        base.generate(
+            torch.tensor([row]), attention_mask=torch.ones(1, len(row)), max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
         for row in rows
     ]
-    assert texts == [tokenizer().decode(out[0, len(row) :], skip_special_tokens=True) for row, out in zip(rows, alone, strict=True)]
+    assert texts == [
+        tokenizer().decode(out[0, len(row) :], skip_special_tokens=True) for row, out in zip(rows, alone, strict=True)
+    ]
 
 
 def test_padding_moves_to_the_left_and_keeps_the_order():

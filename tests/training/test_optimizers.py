@@ -86,7 +86,9 @@ class TestSplit:
         late = torch.optim.AdamW([one, two, three], lr=0.1)
         scheduler = make(late)
         split_groups([late], [Config(scheduler)], [(two, {"lr_scale": 16.0}), (three, {"weight_decay": 0.0}), (one, {})])
-        early = torch.optim.AdamW([{"params": [one]}, {"params": [two], "lr": 1.6}, {"params": [three], "weight_decay": 0.0}], lr=0.1)
+        early = torch.optim.AdamW(
+            [{"params": [one]}, {"params": [two], "lr": 1.6}, {"params": [three], "weight_decay": 0.0}], lr=0.1
+        )
         reference = make(early)
         assert [[id(p) for p in g["params"]] for g in late.param_groups] == [[id(one)], [id(two)], [id(three)]]
         assert [g["weight_decay"] for g in late.param_groups] == [g["weight_decay"] for g in early.param_groups]

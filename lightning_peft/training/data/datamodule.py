@@ -106,7 +106,7 @@ class PEFTDataModule(pl.LightningDataModule):
         test_fraction: share of data_path for testing, likewise.
         eval_prompts: add prompts and answers to validation and test batches; None does so if the answers are labels.
         batch_size: rows per batch and process.
-        length_grouped: put training rows of similar length together, which saves padding.
+        length_grouped: put rows of similar length together, in training and evaluation, which saves padding.
         pad_to_multiple_of: pad to a multiple of this many tokens.
         num_workers: processes that build batches.
         pin_memory: faster copies to a GPU.
@@ -393,7 +393,7 @@ class PEFTDataModule(pl.LightningDataModule):
             seed=self.seed,
             rank=shard.get("rank", 0),
             world_size=shard.get("num_replicas", 1),
-            length_grouped=self.length_grouped,
+            length_grouped=self.length_grouped and split != "predict",  # predictions keep the order of the data
         )
         return StatefulLoader(examples, self._collator(split), sampler, num_workers=self.num_workers, pin_memory=self.pin_memory)
 

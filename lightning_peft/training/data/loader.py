@@ -39,7 +39,7 @@ class EpochSampler:
         seed: of the order.
         rank: of this process.
         world_size: number of data-parallel processes.
-        length_grouped: put rows of similar length into a batch; needs ``shuffle``.
+        length_grouped: put rows of similar length into a batch; without ``shuffle`` simply the longest first.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class EpochSampler:
         """Return the rows of all ranks in the order of this epoch."""
         rows = len(self.lengths)
         if not self.shuffle:
-            return list(range(rows))
+            return sorted(range(rows), key=lambda row: -self.lengths[row]) if self.length_grouped else list(range(rows))
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", self.epoch))
         order: list[int] = torch.randperm(rows, generator=generator).tolist()
         if not self.length_grouped:

@@ -392,3 +392,10 @@ def test_report_is_logged(sms, make_tokenizer, caplog):
         _module(sms, make_tokenizer(), val_fraction=0.25).setup("fit")
     assert "train 30, val 10 rows; 0 exact duplicates removed" in caplog.text
     assert "0 cut, 0 dropped (truncation=error)" in caplog.text
+
+
+def test_evaluation_grouped_by_length_sees_every_row_once_and_saves_padding() -> None:
+    lengths = [3, 9, 1, 7, 5, 8, 2]
+    sampler = EpochSampler(lengths, batch_size=2, shuffle=False, seed=0, length_grouped=True)
+    batches = [[lengths[i] for i in key.indices] for key in EpochSampler.keys(sampler)]
+    assert batches == [[9, 8], [7, 5], [3, 2], [1]]
