@@ -24,7 +24,7 @@ def main(*arguments: str) -> dict[str, float]:
     """Run the job; further arguments override the config (``--trainer.max_steps=20``). Returns what the table shows."""
     base, data = smollm2(), sms_spam()
     config = ["--config", str(ROOT / "configs" / "quickstart.yaml"), f"--model.base={base}", f"--data.data_path={data}"]
-    cli = PEFTCLI([*config, *arguments], run=False, default_root_dir=str(Path.cwd() / "runs" / "quickstart"))
+    cli = PEFTCLI([*config, *arguments], run=False)
     trainer, module, datamodule = cli.trainer, cli.model, cli.datamodule
 
     # LoRA starts as the identity, so what is measured here is the untouched model.
@@ -46,7 +46,7 @@ def main(*arguments: str) -> dict[str, float]:
         table.add_row(name, f"{accuracy:.3f}", f"{f1:.3f}")
     console = Console()
     console.print(table)
-    folder = Path(trainer.log_dir) / "adapter" / "last"
+    folder = Path(module.callback_options["export"]) / "last"
     size = (folder / "adapter.safetensors").stat().st_size
     share = module.handle.num_trainable() / sum(p.numel() for p in module.base.parameters())
     console.print(f"trained {share:.2%} of the parameters in {seconds:.0f} s; the adapter has {size:,} bytes")
