@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import CompatibilityError, ConflictError, MergeError, did_you_mean
-from lightning_peft.nn.adapter import MergeableModule
-from lightning_peft.surgery.layers import parameter
+from lightning_peft.surgery.merging import MergedWeights
 from lightning_peft.surgery.stack import (
     RESERVED,
     AttachEntry,
@@ -62,7 +61,6 @@ class Handle:
         self.root, self.name, self.strategy = root, name, strategy
         self.slots: list[Slot] = []
         self.entries: list[Entry] = []
-        self.merged = False
         self.checked = False
         self._disabled = False
         self.shared: dict[str, nn.Module] = {}
@@ -70,13 +68,17 @@ class Handle:
         self.usage: dict[str, Any] = {}
         self.base_fingerprint: dict[str, Any] | None = None
         self._originals: dict[str, Tensor] = {}
-        self._backups: list[tuple[Tensor, Tensor]] = []
-        self._added: list[tuple[nn.Module, str]] = []
+        self._merge: MergedWeights | None = None
         # Partials of module-level functions, not closures: a deep copy of the model gets undo steps for the copy.
         self._restore: list[Callable[[], object]] = []
 
     def __repr__(self) -> str:
         return f"Handle(name={self.name!r}, strategy={self.strategy!r}, trainable={self.num_trainable():,})"
+
+    @property
+    def merged(self) -> bool:
+        """The adapter's effect is in the base weights."""
+        return self._merge is not None
 
     # ------------------------------------------------------------------ ownership
 
@@ -191,7 +193,8 @@ class Handle:
         """Write the adapter's effect into the base weights; the forward no longer runs it.
 
         Args:
-            exact: Keep a copy of every changed weight, so that :meth:`unmerge` restores it bit for bit.
+            exact: Keep a copy of every changed weight, so that :meth:`unmerge` restores it bit for bit. Methods whose effect cannot be
+                computed back do so anyway.
             untie: Give a tied weight a copy of its own instead of refusing.
             add_bias: Give a layer without bias one where the method needs it.
 
@@ -202,115 +205,9 @@ class Handle:
         self._forbid_merged("merge()")
         self._forbid_disabled("merge()")
         self.verify()
-        writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
-        for entry in self.entries:
-            self._plan_merge(entry, writes, add_bias=add_bias)
-        if not untie:
-            self._refuse_tied(writes)
-        for owner, name, value in writes.values():
-            path, _, attribute = name.rpartition(".")
-            holder = owner.get_submodule(path) if path else owner
-            stored = getattr(holder, attribute, None)
-            if stored is None or (untie and self._tied(stored)):
-                new = nn.Parameter(value.clone(), requires_grad=False)
-                setattr(holder, attribute, new)
-                if stored is None:
-                    self._added.append((holder, attribute))
-                elif exact:
-                    self._backups.append((new, stored.detach().clone()))
-                continue
-            if exact and not any(known is stored for known, _ in self._backups):
-                self._backups.append((stored, stored.detach().clone()))
-            with torch.no_grad():
-                stored.copy_(value)
+        self._merge = MergedWeights.write(self, exact=exact, untie=untie, add_bias=add_bias)
         for entry in self.entries:
             entry.merged = True
-        self.merged = True
-
-    def _plan_merge(self, entry: Entry, writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]], *, add_bias: bool) -> None:
-        adapter = entry.adapter
-        if not isinstance(entry, (AttachEntry, ReparametrizeEntry)) or not isinstance(adapter, MergeableModule):
-            raise MergeError(
-                f"adapter '{self.name}' cannot be merged: {type(adapter).__name__} at '{entry.path or 'the root'}' is not a change of "
-                "a weight. Serve it as an adapter, or train a mergeable method (see `lightning-peft methods`)."
-            )
-        stack = stack_of(entry.module)
-        assert stack is not None
-        earlier = [e.name for e in stack._entries[: stack._entries.index(entry)] if e.name != self.name and not e.merged]
-        if earlier:
-            raise MergeError(
-                f"adapter '{self.name}' nests outside '{earlier[0]}' on '{entry.path}'. Merge '{earlier[0]}' first: merging keeps the "
-                "install order."
-            )
-        module, site = entry.module, entry.site
-        bias_name = site.bias_name(module)
-
-        def pending(name: str) -> Tensor:
-            known = writes.get((id(module), name))
-            return known[2] if known else parameter(module, name).detach()
-
-        trained_by = self._claimed_elsewhere(parameter(module, site.tensor))
-        if trained_by is not None:
-            raise MergeError(
-                f"'{entry.path}.{site.tensor}' is trained by adapter '{trained_by}', whose originals would lack the merged effect. "
-                f"Merge or remove() '{trained_by}' first."
-            )
-        full = pending(site.tensor)
-        if full.is_meta:
-            raise MergeError(f"'{entry.path}' is on the meta device; load its weights before merging.")
-        compute = torch.promote_types(full.dtype, torch.float32)
-        weight = site.kind.canonical(full).to(compute)
-        bias = None if bias_name is None else pending(bias_name).to(compute)
-        if site.rows is not None:
-            weight = site.rows.take(weight, -2)
-            bias_part = None if bias is None else site.rows.take(bias, -1)
-        else:
-            bias_part = bias
-        with torch.no_grad():
-            new_weight, new_bias = adapter.merged(weight, bias_part)
-        if new_bias is not bias_part and new_bias is not None:
-            if bias_name is None and not add_bias:
-                raise MergeError(
-                    f"merging '{entry.path}' needs a bias, which the layer lacks. Pass add_bias=True to give it one."
-                )
-            merged_bias = new_bias if bias is None or site.rows is None else site.rows.put(bias, new_bias, -1)
-            writes[id(module), bias_name or "bias"] = (module, bias_name or "bias", merged_bias.to(full.dtype))
-        stored = site.effective(module, new_weight, full.to(compute)).to(full.dtype)
-        if not torch.isfinite(stored).all():
-            raise MergeError(
-                f"merging '{entry.path}' would write values that are not finite ({full.dtype}). The adapter has diverged, or its "
-                "values exceed the range of the base's dtype."
-            )
-        writes[id(module), site.tensor] = (module, site.tensor, stored)
-
-    def _refuse_tied(self, writes: dict[tuple[int, str], tuple[nn.Module, str, Tensor]]) -> None:
-        """Raise where a merge would change a weight for a layer that is not to have the new value as well."""
-        paths = {id(module): path for path, module in self.root.named_modules()}
-        planned = {f"{paths[id(owner)]}.{name}".lstrip("."): value for owner, name, value in writes.values()}
-        holders: dict[int, list[str]] = {}
-        for key, tensor in self.root.named_parameters(remove_duplicate=False):
-            holders.setdefault(id(tensor), []).append(key)
-        for keys in holders.values():
-            values = [planned.get(key) for key in keys]
-            first = next((v for v in values if v is not None), None)
-            if first is not None and not all(v is not None and torch.equal(v, first) for v in values):
-                key = next(k for k in keys if k in planned)
-                raise MergeError(
-                    f"'{key}' is tied to another layer, which a merge would change as well. Pass untie=True to give this layer a copy, "
-                    "or keep the adapter unmerged."
-                )
-
-    def merged_entries(self) -> list[AttachEntry | ReparametrizeEntry]:
-        """Return the adapters whose effect is in the base weights now."""
-        return [e for e in self.entries if e.merged and isinstance(e, (AttachEntry, ReparametrizeEntry))]
-
-    def _claimed_elsewhere(self, weight: Tensor) -> str | None:
-        others = [h for h in handles(self.root).values() if h is not self and not h.merged]
-        return next((h.name for h in others if any(s.claimed and s.tensor() is weight for s in h.slots)), None)
-
-    def _tied(self, weight: Tensor) -> bool:
-        owners = [m for m in self.root.modules() for p in m._parameters.values() if p is weight]
-        return len(owners) > 1
 
     def unmerge(self) -> None:
         """Take the adapter's effect out of the base weights again.
@@ -318,52 +215,18 @@ class Handle:
         Bit-exact after ``merge(exact=True)``, else exact up to rounding.
 
         Raises:
-            MergeError: The adapter is not merged; one merged later on the same layer is in the way; the method needs a backup.
+            MergeError: The adapter is not merged, or one merged later on the same layer is in the way.
         """
-        if not self.merged:
+        if self._merge is None:
             raise MergeError(f"adapter '{self.name}' is not merged.")
-        for entry in self.entries:
-            stack = stack_of(entry.module)
-            assert stack is not None
-            later = [e.name for e in stack._entries[stack._entries.index(entry) + 1 :] if e.name != self.name and e.merged]
-            if later:
-                raise MergeError(f"unmerge '{later[0]}' first: it was merged on top of '{self.name}' at '{entry.path}'.")
-        if self._backups:
-            with torch.no_grad():
-                for stored, backup in self._backups:
-                    stored.copy_(backup)
-            self._backups.clear()
-        else:
-            self._subtract()
-        for holder, attribute in self._added:
-            setattr(holder, attribute, None)
-        self._added.clear()
+        self._merge.take_back(self)
+        self._merge = None
         for entry in self.entries:
             entry.merged = False
-        self.merged = False
 
-    def _subtract(self) -> None:
-        results: list[tuple[AttachEntry | ReparametrizeEntry, Tensor, Tensor | None]] = []
-        for entry in reversed(self.entries):
-            assert isinstance(entry, (AttachEntry, ReparametrizeEntry))
-            assert isinstance(entry.adapter, MergeableModule)
-            weight, bias = entry.site.weight(entry.module), entry.site.bias(entry.module)
-            compute = torch.promote_types(weight.dtype, torch.float32)
-            with torch.no_grad():
-                plain = entry.adapter.unmerged(weight.to(compute), None if bias is None else bias.to(compute))
-            if plain is None:
-                raise MergeError(f"{type(entry.adapter).__name__} needs a backup to unmerge: use merge(exact=True).")
-            results.append((entry, *plain))
-        with torch.no_grad():
-            for entry, weight, bias in results:
-                site, module = entry.site, entry.module
-                stored = parameter(module, site.tensor)
-                stored.copy_(site.effective(module, weight.to(stored.dtype), stored.detach()))
-                name = site.bias_name(module)
-                if name is not None and bias is not None:
-                    stored_bias = parameter(module, name)
-                    bias = bias.to(stored_bias.dtype)
-                    stored_bias.copy_(bias if site.rows is None else site.rows.put(stored_bias.detach(), bias, -1))
+    def merged_entries(self) -> list[AttachEntry | ReparametrizeEntry]:
+        """Return the adapters whose effect is in the base weights now."""
+        return [e for e in self.entries if e.merged and isinstance(e, (AttachEntry, ReparametrizeEntry))]
 
     def _forbid_merged(self, what: str) -> None:
         if self.merged:

@@ -139,3 +139,20 @@ def test_a_conflict_of_two_parts_comes_before_the_first_edit() -> None:
         lp.inject(model, [lp.LoRA(rank=2, targets="0", bias="adapted"), lp.BitFit()])
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_two_mergeable_parts_on_one_layer_merge_and_unmerge(exact: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh()).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    plain = net[0].weight.detach().clone()
+    handle = lp.inject(net, [lp.LoRA(rank=2, targets="0"), lp.VeRA(rank=3, targets="0")])
+    for parameter in handle.trainable_parameters():
+        nn.init.normal_(parameter)
+    expected = net(x)
+    handle.merge(exact=exact)
+    torch.testing.assert_close(net(x), expected)
+    handle.unmerge()
+    torch.testing.assert_close(net[0].weight, plain)
+    torch.testing.assert_close(net(x), expected)
