@@ -20,7 +20,9 @@ def table() -> str:
     for info in lp.list_methods():
         if info.cls.__module__.startswith("lightning_peft."):
             merges = "yes" if info.mergeable else "no"
-            rows.append(f"| `{info.name}` | `lp.{info.cls.__name__}` | {info.family} | {info.summary} | {merges} | {info.paper} |")
+            rows.append(
+                f"| `{info.name}` | `lp.{info.cls.__name__}` | {info.family} | {info.summary} | {merges} | {info.paper} |"
+            )
     return "\n".join(rows)
 
 

@@ -16,7 +16,7 @@ from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan, Train
 from lightning_peft.surgery.fingerprint import base_fingerprint
 from lightning_peft.surgery.handle import Handle, Slot
-from lightning_peft.surgery.layers import MODULE, parameter
+from lightning_peft.surgery.layers import CONTAINERS, MODULE, parameter
 from lightning_peft.surgery.stack import (
     RESERVED,
     AdaptedForward,
@@ -77,9 +77,19 @@ class Surgery:
         stack = stack_of(module)
         if stack is None:
             stack = AdapterStack(module)
-            module.add_module(RESERVED, stack)
+            if isinstance(module, CONTAINERS):
+                module.__dict__[RESERVED] = stack  # a child would be counted by len(net) and reached by net[-1]
+            else:
+                module.add_module(RESERVED, stack)
             module.forward = AdaptedForward(run_adapters, module)
             self._leave_fast_path(path, module, stack)
+        return stack
+
+    def _holding(self, path: str) -> AdapterStack:
+        """Return the stack at ``path``, where state_dict() and to() find the tensors it is about to get: as a child."""
+        stack, module = self.open(path), self.root.get_submodule(path)
+        if module.__dict__.pop(RESERVED, None) is not None:
+            module.add_module(RESERVED, stack)
         return stack
 
     def _leave_fast_path(self, path: str, module: nn.Module, stack: AdapterStack) -> None:
@@ -96,7 +106,7 @@ class Surgery:
 
     def add_shared(self, name: str, module: nn.Module) -> None:
         """Keep a module that several adapters of this handle use, once, at the root."""
-        stack = self.open("")
+        stack = self._holding("")
         self.undo(stack.discard, self.name)
         stack.register(self.name, f"{SHARED}-{name}", module)
         self.handle.shared[name] = module
@@ -104,7 +114,7 @@ class Surgery:
 
     def add_entry(self, entry: Entry) -> None:
         """Install an adapter on its module and own its tensors."""
-        stack = self.open(entry.path)
+        stack = self._holding(entry.path)
         if isinstance(entry, ReparametrizeEntry):
             below = [e for e in stack._entries if not isinstance(e, ReparametrizeEntry)]
             if below:
@@ -171,7 +181,8 @@ def _close(module: nn.Module) -> None:
     stack = stack_of(module)
     if stack is None or not stack.empty:
         return
-    del module._modules[RESERVED]
+    module._modules.pop(RESERVED, None)
+    module.__dict__.pop(RESERVED, None)
     del module.forward
     if stack._inner is not None:
         module.forward = stack._inner

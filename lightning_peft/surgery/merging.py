@@ -38,7 +38,8 @@ class MergedWeights:
         planned = _Planned(handle.entries, undo=False, add_bias=add_bias)
         if not untie:
             planned.refuse_tied(handle.root)
-        exact = exact or any(type(e.adapter).unmerged is MergeableModule.unmerged for e in planned.entries)
+        adapters = [e.adapter for e in planned.entries if isinstance(e.adapter, MergeableModule)]
+        exact = exact or any(type(a).unmerged is MergeableModule.unmerged for a in adapters)
         merge = cls()
         for holder, attribute, value in planned.values():
             stored = getattr(holder, attribute, None)
@@ -121,7 +122,9 @@ class _Planned:
         new_weight, new_bias = result
         if new_bias is not bias_part and new_bias is not None:
             if bias_name is None and not self.add_bias:
-                raise MergeError(f"merging '{entry.path}' needs a bias, which the layer lacks. Pass add_bias=True to give it one.")
+                raise MergeError(
+                    f"merging '{entry.path}' needs a bias, which the layer lacks. Pass add_bias=True to give it one."
+                )
             whole = new_bias if bias is None or site.rows is None else site.rows.put(bias, new_bias, -1)
             self._set(module, bias_name or "bias", whole.to(full.dtype), entry.path)
         stored = site.effective(module, new_weight, full.to(compute)).to(full.dtype)

@@ -216,7 +216,8 @@ def _call_with_weights(
 
 def run_adapters(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """Forward of every adapted module."""
-    stack: AdapterStack = module._modules[RESERVED]  # type: ignore[assignment]
+    stack = stack_of(module)
+    assert stack is not None
     return stack.run(module, args, kwargs)
 
 
@@ -235,7 +236,7 @@ def noop_pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def stack_of(module: nn.Module) -> AdapterStack | None:
     """Return the stack of an adapted module, or None."""
-    stack = module._modules.get(RESERVED)
+    stack = module._modules.get(RESERVED, module.__dict__.get(RESERVED))
     return stack if isinstance(stack, AdapterStack) else None
 
 

@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from examples import masked_lm
+from examples import hf_callback, masked_lm
+from lightning_peft.checkpoint import read_adapter
 
 WORDS = [
     "[PAD]",
@@ -30,6 +31,8 @@ WORDS = [
     "later",
     "today",
 ]
+
+SENTIMENT = {"have a prize": "positive", "call later": "neutral", "will": "negative"}
 
 
 def tiny_bert(folder: Path) -> Path:
@@ -55,3 +58,15 @@ def test_masked_lm(tmp_path: Path) -> None:
     assert list(found) == masked_lm.TEXTS
     assert all(len(words) == 1 for words in found.values())
     assert (tmp_path / "run" / "adapter" / "last" / "adapter.safetensors").is_file()
+
+
+def test_callback_around_a_transformers_model(tmp_path: Path) -> None:
+    rows = [["text", "label"], *([f"you {w} {'!' * n}", label] for n in range(1, 12) for w, label in SENTIMENT.items())]
+    with (tmp_path / "tweets.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    base = tiny_bert(tmp_path / "bert")
+    accuracy = hf_callback.main(str(base), str(tmp_path / "tweets.csv"), rows=30, folder=str(tmp_path / "run"))
+    assert 0 <= accuracy <= 1
+    saved = read_adapter(tmp_path / "run" / "adapter" / "last")
+    assert set(saved.extra_state) == {"model.classifier.weight", "model.classifier.bias"}
+    assert all("attention" in key or "dense" in key for key in saved.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -234,3 +235,18 @@ def test_autocast() -> None:
         out = model(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), model(x), rtol=0.1, atol=0.1)
+
+
+def test_an_adapted_sequential_still_has_its_own_layers_only() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    last = net[-1]
+    handle = lp.inject(net, lp.LoRA(rank=2, targets="0"))
+    assert len(net) == 3
+    assert net[-1] is last
+    assert lp.handles(net) == {"default": handle}
+    copied = copy.deepcopy(net)
+    lp.handles(copied)["default"].remove()
+    assert "forward" in net.__dict__
+    assert "forward" not in copied.__dict__
+    handle.remove()
+    assert "peft" not in net.__dict__

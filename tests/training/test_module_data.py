@@ -81,7 +81,7 @@ def test_the_command_line_builds_optimizer_and_scheduler(folder, rows, tmp_path)
         "fit",
         f"--model.base={folder}",
         "--model.strategy=lora",
-        "--model.optimizer=Adam",
+        "--model.optimizer=torch.optim.Adam",  # bitsandbytes has an Adam too, once it is imported
         "--model.optimizer.lr=3e-4",
         "--model.lr_scheduler=StepLR",
         "--model.lr_scheduler.step_size=5",
