@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.checkpoint.files import AdapterFile
-from lightning_peft.checkpoint.manifest import Manifest, check_base
+from lightning_peft.checkpoint.manifest import Manifest, check_base, require_base
 from lightning_peft.checkpoint.reading import adapter_of, load_checkpoint, manifests_of, read_adapter
 from lightning_peft.errors import CompatibilityError
 from lightning_peft.strategies.install import inject
@@ -51,12 +51,7 @@ def load_adapter(
     adapter = _read(Path(path), name)
     manifest = adapter.manifest
     root, prefix = _find_root(model, manifest)
-    if check_base(root, manifest) is not None:
-        warnings.warn(
-            f"adapter '{manifest['name']}': the base weights could not be compared with those it was trained on (only their "
-            "structure fits), because one side is on the meta device or packed.",
-            stacklevel=2,
-        )
+    require_base(root, manifest)
     replaced = _extra_targets(model, prefix, adapter)
     handle = inject(root, adapter.strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)
     handle.usage = dict(manifest.get("usage", {}))

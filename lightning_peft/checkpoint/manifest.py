@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -138,6 +139,16 @@ def check_base(model: Handle | nn.Module, manifest: Mapping[str, Any]) -> str | 
         f"adapter '{manifest['name']}' was made for another base model: {reason}. Load the base it was trained on (same name, "
         "revision and preparation), or train an adapter for this one."
     )
+
+
+def require_base(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Check the base as :func:`check_base` does, and warn where only its structure could be compared."""
+    if check_base(model, manifest) is not None:
+        warnings.warn(
+            f"adapter '{manifest['name']}': the base weights could not be compared with those it was trained on (only their "
+            "structure fits), because one side is on the meta device or packed.",
+            stacklevel=3,
+        )
 
 
 def check_tensors(index: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], where: str) -> None:

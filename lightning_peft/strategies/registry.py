@@ -96,7 +96,13 @@ def resolve(spec: PEFTStrategy | str | Mapping[str, Any] | list[Any] | tuple[Any
         unknown = set(spec) - {"class_path", "init_args"}
         if unknown:
             raise ConfigError(f"strategy: unknown key {sorted(unknown)[0]!r} beside class_path and init_args.")
-        return _build(get_method(spec["class_path"]).cls, dict(spec.get("init_args") or {}))
+        path, args = spec["class_path"], spec.get("init_args") or {}
+        if not isinstance(path, str) or not isinstance(args, Mapping):
+            raise ConfigError(
+                f"strategy: class_path={path!r}, init_args={args!r}, but a name and a mapping are needed. Write "
+                "{class_path: LoRA, init_args: {rank: 16}}."
+            )
+        return _build(get_method(path).cls, dict(args))
     raise ConfigError(f"a strategy is a PEFTStrategy, a name, a mapping or a list, not {type(spec).__name__}.")
 
 

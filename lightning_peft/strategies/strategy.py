@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import typing
 from abc import ABC, abstractmethod
@@ -108,6 +109,10 @@ class PEFTStrategy(ABC):
     def group_options(self, slot: Slot) -> dict[str, float]:
         """Return ``lr_scale`` and ``weight_decay`` of an owned tensor, where they differ from the user's."""
         return {}
+
+    def may_rest(self, slot: Slot) -> bool:
+        """Return whether an owned tensor may stay where it is in the first steps (``MethodInfo.may_rest``)."""
+        return any(fnmatch.fnmatchcase(name, p) for name in (slot.key, slot.attribute) for p in self.info.may_rest)
 
     def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """Return the sites that the targets, or the method's default roles, name in this model."""

@@ -298,9 +298,18 @@ def _ran(module: nn.Module) -> bool:
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:
-    """Return the handles installed on ``model``, or on the adapted root below it, by name in install order."""
+    """Return the handles installed on ``model`` and on adapted roots below it, by name in install order.
+
+    Raises:
+        ConflictError: Two roots have an adapter of one name.
+    """
+    found: dict[str, Handle] = {}
     for module in model.modules():
         stack = stack_of(module)
-        if stack is not None and stack._handles:
-            return dict(stack._handles)
-    return {}
+        for name, handle in stack._handles.items() if stack is not None else ():
+            if name in found:
+                raise ConflictError(
+                    f"two adapters named '{name}' are installed below {type(model).__name__}; give each its own name."
+                )
+            found[name] = handle
+    return found

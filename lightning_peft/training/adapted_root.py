@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from lightning_peft.errors import ConflictError, TargetError, did_you_mean
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy
-from lightning_peft.surgery.handle import Handle
+from lightning_peft.surgery.handle import Handle, handles
 from lightning_peft.surgery.stack import RESERVED, stack_of, stacks
 from lightning_peft.surgery.targets import REGEX, Targets
 
@@ -45,10 +45,7 @@ def path_of(module: nn.Module, child: nn.Module) -> str | None:
 
 def find_handle(module: nn.Module, name: str) -> Handle | None:
     """Return the adapter ``name`` that is installed on ``module`` or below it, or None."""
-    found = [stack._handles[name] for _, _, stack in stacks(module) if name in stack._handles]
-    if len(found) > 1:
-        raise ConflictError(f"two adapters named '{name}' are installed below {type(module).__name__}; give each its own name.")
-    return found[0] if found else None
+    return handles(module).get(name)
 
 
 def localized(strategy: PEFTStrategy, path: str, anatomy: Anatomy) -> PEFTStrategy:
@@ -112,7 +109,7 @@ def find_extras(module: nn.Module, root: nn.Module, paths: Iterable[str]) -> dic
     return found
 
 
-def train_whole(handle: Handle, extras: Iterable[nn.Module]) -> None:
+def train_whole(handle: Handle, extras: Collection[nn.Module]) -> None:
     """Let all parameters of the extra modules train, also while other handles come and go; undone by ``handle.remove()``."""
     stack = stack_of(handle.root)
     assert stack is not None

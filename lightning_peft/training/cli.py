@@ -7,15 +7,18 @@ is one line on stderr and exit status 2, never a traceback.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_peft.checkpoint import inspect_adapter
-from lightning_peft.errors import PEFTError, did_you_mean
+from lightning_peft.errors import ConfigError, PEFTError, did_you_mean
 from lightning_peft.strategies.registry import list_methods, resolve
 from lightning_peft.training.catalogue import method_card, methods_table
 from lightning_peft.training.data import PEFTDataModule
@@ -26,7 +29,7 @@ TRAINER_COMMANDS = {
     "fit": "train from a config; checkpoints and the adapter folder are written",
     "validate": "evaluate on the validation data",
     "test": "evaluate on the test data",
-    "predict": "generate or classify the prediction data",
+    "predict": "generate or classify the prediction data, printed as one JSON value per row",
 }
 
 
@@ -71,6 +74,25 @@ class PEFTCLI(LightningCLI):
         strategy = config.model.strategy
         resolve(strategy.as_dict() if hasattr(strategy, "as_dict") else strategy)
 
+    def instantiate_classes(self) -> None:
+        """Make Trainer, module and data; whatever goes wrong there is a mistake in the config.
+
+        Raises:
+            ConfigError: A value is out of range, does not fit, or names what is not there.
+        """
+        try:
+            super().instantiate_classes()
+        except PEFTError:
+            raise
+        except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+            raise ConfigError(" ".join(str(error).split())) from error
+
+    def after_predict(self) -> None:
+        """Print the predictions, one JSON value per row."""
+        if self.trainer.is_global_zero:
+            for row in chain.from_iterable(self.trainer.predict_loop.predictions):
+                print(json.dumps(row, ensure_ascii=False))
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``lightning-peft``."""
@@ -85,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             options = parser.parse_args(args or ["--help"])
             print(_COMMANDS[options.command](options))
-    except PEFTError as error:
+    except (PEFTError, FileNotFoundError) as error:
         if os.environ.get("LIGHTNING_PEFT_TRACEBACK"):
             raise
         parser.exit(2, f"lightning-peft: {type(error).__name__}: {error}\n")
@@ -111,12 +133,22 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("adapter", help="adapter folder or Lightning .ckpt")
     generate.add_argument("text", nargs="+", help="one or more texts; each is put into the prompt the adapter was trained with")
     generate.add_argument("--base", help="base model; default: the one that the adapter names")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--max-new-tokens", type=_positive(int), default=64)
     generate.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
-    generate.add_argument("--temperature", type=float, default=1.0, help="with --sample")
+    generate.add_argument("--temperature", type=_positive(float), help="with --sample; default: 1")
     generate.add_argument("--seed", type=int, default=0, help="with --sample")
     generate.add_argument("--raw", action="store_true", help="take the text as the whole prompt")
     return parser
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return read
 
 
 def _methods(options: argparse.Namespace) -> str:
@@ -132,6 +164,8 @@ def _merge(options: argparse.Namespace) -> str:
 
 
 def _generate(options: argparse.Namespace) -> str:
+    if options.temperature is not None and not options.sample:
+        raise ConfigError("--temperature needs --sample: greedy decoding draws nothing.")
     answers = generate_text(
         options.adapter,
         options.text,
@@ -139,7 +173,7 @@ def _generate(options: argparse.Namespace) -> str:
         raw=options.raw,
         max_new_tokens=options.max_new_tokens,
         do_sample=options.sample,
-        temperature=options.temperature,
+        **({"temperature": options.temperature or 1.0} if options.sample else {}),
         seed=options.seed,
     )
     return "\n".join(answers)

@@ -7,10 +7,11 @@ import warnings
 
 from torch import nn
 
-from lightning_peft.checkpoint import AdapterFile, check_base, read_adapter
+from lightning_peft.checkpoint import AdapterFile, read_adapter, require_base
 from lightning_peft.errors import CompatibilityError, FormatError
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.handle import Handle
+from lightning_peft.training.adapted_root import path_of
 
 
 def read_initial(path: str, name: str, strategy: PEFTStrategy, root: nn.Module) -> AdapterFile:
@@ -30,7 +31,7 @@ def read_initial(path: str, name: str, strategy: PEFTStrategy, root: nn.Module) 
         start = read_adapter(path, name if os.path.isfile(path) else None)
     except FormatError:
         start = read_adapter(path)  # one adapter under another name; or the error says what is wrong
-    check_base(root, start.manifest)
+    require_base(root, start.manifest)
     if start.strategy != strategy:
         warnings.warn(f"init_from='{path}' was trained as {start.strategy}, this run trains {strategy}.", stacklevel=2)
     return start
@@ -43,7 +44,16 @@ def start_from(start: AdapterFile, path: str, module: nn.Module, handle: Handle)
         CompatibilityError: A shape or a set of keys differs.
     """
     live = module.state_dict(keep_vars=True)
-    extra = {key: live[key] for key in start.extra_state if key in live}
+    here = path_of(module, handle.root) or ""
+    places = {key: _moved(key, start.manifest["root"], here) for key in start.extra_state}
+    homeless = [key for key, place in places.items() if place not in live]
+    if homeless:
+        warnings.warn(
+            f"init_from='{path}' also holds {', '.join(map(repr, homeless[:5]))}, for which {type(module).__name__} has no place; they "
+            "are left out.",
+            stacklevel=2,
+        )
+    extra = {key: live[place] for key, place in places.items() if place in live}
     for key, tensor in extra.items():
         if tensor.shape != start.extra_state[key].shape:
             raise CompatibilityError(
@@ -52,3 +62,10 @@ def start_from(start: AdapterFile, path: str, module: nn.Module, handle: Handle)
     handle.load_state_dict(start.state)
     for key, tensor in extra.items():
         tensor.data.copy_(start.extra_state[key])
+
+
+def _moved(key: str, saved: str, here: str) -> str:
+    """Return the key of a tensor below the adapted root where the root has the path ``here`` instead of ``saved``."""
+    inside = not saved or key.startswith(f"{saved}.")
+    parts = (here, key.removeprefix(f"{saved}.") if saved else key) if inside else (key,)
+    return ".".join(part for part in parts if part)

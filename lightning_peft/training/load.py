@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_peft.checkpoint import check_base, check_manifest, manifests_of
+from lightning_peft.checkpoint import check_manifest, manifests_of, require_base, strip_wrappers
 from lightning_peft.checkpoint.reading import load_checkpoint
 from lightning_peft.strategies.install import inject
 from lightning_peft.training import restoring
-from lightning_peft.training.adapted_root import find_handle
+from lightning_peft.training.adapted_root import find_handle, find_root, train_whole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,16 +39,24 @@ def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: A
         def configure_model(self) -> None:
             super().configure_model()
             for name, manifest in manifests.items():
-                root = self.get_submodule(manifest["root"])
-                if find_handle(self, name) is None:
-                    strategy = check_manifest(manifest)
-                    check_base(root, manifest)
-                    inject(root, strategy, name, adapter_dtype=manifest["adapter_dtype"])
+                if find_handle(self, name) is not None:
+                    continue
+                root = find_root(self, manifest["root"])[1]
+                prefix = f"{manifest['root']}." if manifest["root"] else ""
+                strategy = check_manifest(manifest)
+                require_base(root, manifest)
+                handle = inject(root, strategy, name, adapter_dtype=manifest["adapter_dtype"])
+                handle.usage = dict(manifest.get("usage", {}))
+                # Extra modules below the root train on, as they did in the run that saved them.
+                extras = {key.rpartition(".")[0] for key in manifest["extra"] if key.startswith(prefix)}
+                train_whole(handle, [self.get_submodule(path) for path in sorted(extras)])
 
-        def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            own = {strip_wrappers(key): key for key in self.state_dict()}  # one of the two may be compiled
+            state_dict = {own.get(strip_wrappers(key), key): value for key, value in state_dict.items()}
             hook = restoring.lenient(self, tuple(manifests))
             try:
-                return super().load_state_dict(*args, **kwargs)
+                return super().load_state_dict(state_dict, *args, **kwargs)
             finally:
                 hook.remove()
 

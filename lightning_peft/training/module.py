@@ -224,8 +224,9 @@ class PEFTLightningModule(pl.LightningModule):
         if self.source is not None:
             handle.usage |= {"base": self.source.name, "revision": self.source.revision, "dtype": self.source.dtype}
         handle.usage |= {"task": self.task.name, "labels": self.labels}
-        if self.special_tokens:  # whoever loads the adapter has to make room for them (tokens.resize_embeddings)
-            handle.usage["vocabulary"] = len(self.tokenizer)
+        # Whoever loads the adapter has to take this tokenizer, add these tokens and make room for them (serve.open_adapter).
+        asked = {"tokenizer": self.hparams.get("tokenizer"), "special_tokens": self.special_tokens}
+        handle.usage |= {key: value for key, value in asked.items() if value}
         if self.gradient_checkpointing:
             self._recompute_activations()
         for split in ("val", "test"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import warnings
 from collections.abc import Mapping
@@ -53,12 +52,10 @@ class GradientSentinel:
         self.watched = {id(t): (t, _Watched(key, local(t).detach().clone())) for key, t in self._tensors().items()}
 
     def _tensors(self) -> dict[str, Tensor]:
-        rest = self.handle.strategy.info.may_rest
         excused = {id(m) for e in self.handle.entries if e.conditional for m in e.adapter.modules()}
         found: dict[str, Tensor] = {}
         for slot in self.handle.trainable_slots():
-            names = (slot.key, slot.attribute)
-            if id(slot.owner) not in excused and not any(fnmatch.fnmatchcase(n, p) for n in names for p in rest):
+            if id(slot.owner) not in excused and not self.handle.strategy.may_rest(slot):
                 found[slot.key] = slot.tensor()
         return {k: t for k, t in {**found, **self.others}.items() if local(t).numel()}
 

@@ -16,7 +16,8 @@ from lightning_peft.loading.base import BaseSource, load_model, load_tokenizer
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.training.data import PEFTDataModule
 from lightning_peft.training.generation import generate
-from lightning_peft.training.tokens import resize_embeddings
+from lightning_peft.training.tasks import TASKS
+from lightning_peft.training.tokens import add_special_tokens, resize_embeddings
 
 PROMPT_FIELDS = ("prompt", "chat_template", "system_prompt")
 
@@ -29,7 +30,8 @@ def open_adapter(adapter: str | os.PathLike[str], base: str | None = None) -> tu
         base: Name or folder of the base; None takes the one that the adapter names.
 
     Returns:
-        The handle (the model is ``handle.root``, in eval mode), the tokenizer, and how the adapter was trained to be used.
+        The handle (the model is ``handle.root``, in eval mode), the tokenizer (None for a task without text), and how the adapter
+        was trained to be used.
 
     Raises:
         ConfigError: No base is named.
@@ -40,11 +42,13 @@ def open_adapter(adapter: str | os.PathLike[str], base: str | None = None) -> tu
     if not name:
         raise ConfigError(f"'{adapter}' does not say which base model it belongs to; name it with --base.")
     source = BaseSource(name=name, dtype=usage.get("dtype", "auto"), revision=usage.get("revision") if base is None else None)
-    folder = Path(adapter)
-    own = folder.is_dir() and (folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(BaseSource(name=str(folder)) if own else source)
-    model = load_model(source, usage.get("task", "causal_lm"), usage.get("labels")).model
-    resize_embeddings(model, len(tokenizer))
+    folder, task = Path(adapter), usage.get("task", "causal_lm")
+    model, tokenizer = load_model(source, task, usage.get("labels")).model, None
+    if TASKS[task].reads_text:
+        own = str(folder) if (folder / "tokenizer_config.json").is_file() else usage.get("tokenizer")
+        tokenizer = load_tokenizer(source if own is None else BaseSource(name=own))
+        add_special_tokens(tokenizer, usage.get("special_tokens", ()))
+        resize_embeddings(model, len(tokenizer))
     handle = load_adapter(model, adapter)
     model.eval()
     return handle, tokenizer, usage
@@ -76,8 +80,6 @@ def generate_text(
     data = PEFTDataModule(predict_texts=list(texts), tokenizer=tokenizer, batch_size=1, max_length=10**6, **prompt)
     data.setup("predict")
     torch.manual_seed(seed)
-    if not options.get("do_sample"):
-        options = {k: v for k, v in options.items() if k != "temperature"}
     answers: list[str] = []
     for batch in data.predict_dataloader():
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -88,7 +90,7 @@ def generate_text(
 
 
 def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str | None = None) -> Path:
-    """Merge an adapter into its base and save a plain transformers model with its tokenizer; return the folder.
+    """Merge an adapter into its base and save a plain transformers model, with its tokenizer if it reads text; return the folder.
 
     Raises:
         ConfigError: ``output`` exists and is not empty.
@@ -102,5 +104,6 @@ def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str
     handle.remove()
     model: Any = handle.root
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     return folder

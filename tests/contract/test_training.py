@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import pickle
 
 import pytest
@@ -13,10 +12,6 @@ from torch import nn
 from lightning_peft.surgery.handle import Slot
 from tests.backbones import flat, loss_of, run
 from tests.contract.cases import WORKING, Case, assert_same, over, perturb, snapshot, train, train_mode
-
-
-def may_rest(case: Case, slot: Slot) -> bool:
-    return any(fnmatch.fnmatch(slot.attribute, p) or fnmatch.fnmatch(slot.key, p) for p in case.strategy.info.may_rest)
 
 
 def without_effect(case: Case, slot: Slot) -> bool:
@@ -47,7 +42,7 @@ def test_every_owned_tensor_learns_and_nothing_else_moves(case: Case) -> None:
         for slot in handle.trainable_slots()
         if torch.equal(slot.tensor(), start[slot.key]) or gradients[id(slot.tensor())] == 0
     ]
-    dead = [s.key for s in still if not may_rest(case, s) and not (s.claimed and without_effect(case, s))]
+    dead = [s.key for s in still if not case.strategy.may_rest(s) and not (s.claimed and without_effect(case, s))]
     assert not dead, f"no gradient or no movement: {dead}"
     assert len(still) < len(handle.trainable_slots())
 

@@ -271,3 +271,23 @@ def test_a_convolution_equals_its_dense_form() -> None:
         plain[0].weight += (a.scaling * a.lora_B @ (a.lora_E * a.lora_A)).reshape(6, 4, 3, 3)
         x = torch.randn(2, 4, 8, 8, dtype=D)
         torch.testing.assert_close(model(x), plain(x))
+
+
+def _loop(schedule: RankAllocation, handle: lp.Handle, model: nn.Module, *, told: bool) -> None:
+    optimizer = torch.optim.AdamW(handle.trainable_parameters(), 1e-2)
+    for _ in range(10):
+        model(X).square().mean().backward()
+        if told:
+            schedule.before_step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.after_step(optimizer)
+
+
+def test_a_loop_that_drops_gradients_before_after_step_still_allocates() -> None:
+    model, handle = adapted()
+    _loop(allocation(handle, 10), handle, model, told=True)
+    assert kept(handle) == 2 * 2
+    model, handle = adapted()
+    with pytest.raises(ConfigError, match="before_step"):
+        _loop(allocation(handle, 10), handle, model, told=False)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import lightning_peft as lp
 from lightning_peft.errors import ConflictError, MergeError
 from lightning_peft.strategies.reparameterized.adalora import RankAllocation
+from lightning_peft.strategies.schedule import Schedule
 from tests.backbones import BACKBONES, run
 
 D = torch.float64
@@ -156,3 +157,16 @@ def test_two_mergeable_parts_on_one_layer_merge_and_unmerge(exact: bool) -> None
     handle.unmerge()
     torch.testing.assert_close(net[0].weight, plain)
     torch.testing.assert_close(net(x), expected)
+
+
+def test_what_may_rest_is_what_the_owning_part_says() -> None:
+    handle = lp.inject(
+        nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), [lp.LoRA(rank=2, targets="1"), lp.TokenRows(ids=(8,), targets="0")]
+    )
+    resting = {slot.attribute: handle.strategy.may_rest(slot) for slot in handle.trainable_slots()}
+    assert resting == {"lora_A": False, "lora_B": False, "rows": True}
+
+
+def test_parts_without_a_schedule_plan_nothing() -> None:
+    handle = lp.inject(nn.Sequential(nn.Linear(6, 6)), [lp.LoRA(rank=2, targets="0"), lp.BitFit()])
+    assert type(handle.strategy.schedule(handle)) is Schedule  # such a run may be endless

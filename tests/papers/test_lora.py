@@ -281,3 +281,9 @@ def test_pissa_on_other_layer_kinds(name: str) -> None:
 def test_pissa_on_a_grouped_convolution_is_refused() -> None:
     with pytest.raises(UnsupportedLayerError, match="grouped"):
         lp.inject(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), lp.LoRA(rank=2, init="pissa", targets="0"))
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), float("nan")])
+def test_alphas_per_target_are_positive_and_finite(alpha: float) -> None:
+    with pytest.raises(ConfigError, match="positive and finite"):
+        lp.LoRA(alpha_per_target={"q_proj": alpha})

@@ -198,3 +198,9 @@ def test_methods_are_listed_by_name_with_a_family_that_is_their_folder() -> None
         if module.startswith("lightning_peft.strategies."):
             folder = module.split(".")[2]
             assert folder == info.family or (folder == "baselines" and info.family == "baseline")
+
+
+@pytest.mark.parametrize("spec", [{"class_path": None}, {"class_path": "LoRA", "init_args": [1]}, {"class_path": ["LoRA"]}])
+def test_a_mapping_of_the_wrong_shape_is_a_typed_error(spec: Any) -> None:
+    with pytest.raises(ConfigError, match="a name and a mapping are needed"):
+        lp.resolve(spec)

@@ -301,3 +301,14 @@ def test_summary_names_places_counts_and_share() -> None:
     assert "16 trainable" in text
     assert f"{base:,}" in text
     assert "body" in text
+
+
+def test_handles_of_two_adapted_roots_are_all_there() -> None:
+    model = nn.ModuleDict({"left": tied(), "right": tied()})
+    for name, root in model.items():
+        lp.inject(root, lp.LoRA(rank=1, targets=["body"]), name)
+    assert list(lp.handles(model)) == ["left", "right"]
+    lp.handles(model)["left"].remove()
+    lp.inject(model["left"], lp.LoRA(rank=1, targets=["body"]), "right")
+    with pytest.raises(ConflictError, match="two adapters named 'right'"):
+        lp.handles(model)

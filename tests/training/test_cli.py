@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,29 @@ def test_test_command_reads_a_checkpoint(adapter: Path, config: Path, capsys: py
     assert "test_accuracy" in capsys.readouterr().out
 
 
+def test_predict_prints_one_json_value_per_row(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["predict", "--config", str(config), "--data.predict_texts=[call, now]", "--trainer.logger=false"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert all(isinstance(row, str) for row in rows)
+
+
+def test_a_checkpoint_brings_its_special_tokens(
+    config: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--model.special_tokens=[<a>, <b>]"]
+    main(["fit", "--config", str(config), *run])
+    capsys.readouterr()
+    checkpoint = next((tmp_path / "checkpoints").glob("*.ckpt"))  # no tokenizer lies beside it
+    answers = []
+    for adapter in (checkpoint, tmp_path / "adapter" / "last"):
+        main(["generate", str(adapter), "call <b>", "--max-new-tokens", "4"])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    main(["merge", str(checkpoint), str(tmp_path / "merged")])
+    size = len(PreTrainedTokenizerFast.from_pretrained(base))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().num_embeddings == size + 2
+
+
 def test_short_names_mean_the_same(config: Path) -> None:
     def strategy(*extra: str) -> lp.PEFTStrategy:
         return PEFTCLI(["--config", str(config), "--trainer.logger", "false", *extra], run=False).model.strategy
@@ -148,6 +172,10 @@ def test_print_config_round_trips(config: Path, tmp_path: Path, capsys: pytest.C
         (["--model.lrate=3"], ["lrate"]),
         (["--data.data_path=nowhere.csv"], ["nowhere.csv"]),
         (["--data.prompt={txt} Answer:"], ["txt", "text"]),
+        (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt"]),
+        (["--model.callback={exprt: false}"], ["exprt"]),
+        (["--trainer.devices=0"], ["devices"]),
+        (["--trainer.callbacks=[{class_path: lightning_peft.PEFTCallback, init_args: {strategy: lorra}}]"], ["lorra", "lora"]),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: list[str], config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +192,13 @@ def test_unknown_command_and_method_name_the_nearest(capsys: pytest.CaptureFixtu
 
 def test_missing_adapter_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(tmp_path / "none") in fails(capsys, "generate", str(tmp_path / "none"), "text")
+
+
+def test_what_generate_cannot_use_is_said(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs --sample" in fails(capsys, "generate", str(adapter), "text", "--temperature", "0.5")
+    assert "0 is not above 0" in fails(capsys, "generate", str(adapter), "text", "--sample", "--temperature", "0")
+    assert "-1 is not above 0" in fails(capsys, "generate", str(adapter), "text", "--max-new-tokens=-1")
+    main(["generate", str(adapter), "call", "--sample", "--temperature", "0.7", "--max-new-tokens", "2"])
 
 
 def test_help_and_methods(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,11 +69,23 @@ class Compose(PEFTStrategy):
         return Plan(tuple(edits), shared)
 
     def schedule(self, handle: Handle) -> Schedule:
-        return _Schedules([part.schedule(handle.part(str(i))) for i, part in enumerate(self.strategies)])
+        schedules = [part.schedule(handle.part(str(i))) for i, part in enumerate(self.strategies)]
+        if all(type(schedule) is Schedule for schedule in schedules):
+            return Schedule()  # nothing is planned, so the run needs no known end
+        return _Schedules(schedules)
 
     def group_options(self, slot: Slot) -> dict[str, float]:
+        part, inner = self._owner(slot)
+        return part.group_options(inner)
+
+    def may_rest(self, slot: Slot) -> bool:
+        part, inner = self._owner(slot)
+        return part.may_rest(inner)
+
+    def _owner(self, slot: Slot) -> tuple[PEFTStrategy, Slot]:
+        """Return the part that owns a tensor, and the slot as that part knows it."""
         index, _, rest = slot.label.partition("-")
-        return self.strategies[int(index)].group_options(replace(slot, label=rest))
+        return self.strategies[int(index)], replace(slot, label=rest)
 
 
 class _Schedules(Schedule):

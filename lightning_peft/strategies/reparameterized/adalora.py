@@ -104,6 +104,7 @@ class RankAllocation(Schedule):
         self.step, self.total_steps = 0, 0
         self.importance: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
 
     def on_start(self, total_steps: int) -> None:
         self.total_steps = total_steps
@@ -134,27 +135,42 @@ class RankAllocation(Schedule):
         norms = torch.stack([a.orthogonality() for a in self.adapters.values()])
         return self.strategy.orthogonality * norms.sum() / (2 * len(self.adapters))
 
+    def before_step(self, optimizer: optim.Optimizer) -> None:
+        # By reference, which clipping reaches: a loop of the user's own may call zero_grad() before after_step.
+        for key, adapter in self.adapters.items():
+            for name in ("lora_A", "lora_E", "lora_B"):
+                gradient = getattr(adapter, name).grad
+                if gradient is not None:
+                    self._gradients[f"{key}.{name}"] = gradient
+
     def after_step(self, optimizer: optim.Optimizer | None, *, skipped: bool = False) -> None:
+        gradients, self._gradients = self._gradients, {}
         if skipped:
             return
         self.step += 1
         stop = self.total_steps - self._phase(self.strategy.final)
         # From the final phase on the ranks are fixed: the scores before it decide for the rest of the run, as in the authors' code.
         if self.step < stop or not self.importance:
-            self._update_scores()
+            self._update_scores(gradients)
         budget, allocate = self.budget(self.step)
         if allocate:
+            if not self.importance:
+                raise ConfigError(
+                    "AdaLoRA has seen no gradient to score its ranks by. Call before_step(optimizer) before every optimizer step, or "
+                    "after_step before zero_grad()."
+                )
             self._allocate(budget)
 
     @torch.no_grad()
-    def _update_scores(self) -> None:
+    def _update_scores(self, gradients: dict[str, Tensor]) -> None:
         beta1, beta2 = self.strategy.beta1, self.strategy.beta2
         for key, adapter in self.adapters.items():
             for name in ("lora_A", "lora_E", "lora_B"):
                 parameter = getattr(adapter, name)
-                if parameter.grad is None:
+                gradient = gradients.get(f"{key}.{name}", parameter.grad)
+                if gradient is None:
                     continue
-                now = (parameter * parameter.grad).abs().float()
+                now = (parameter * gradient).abs().float()
                 smooth = self.importance.setdefault(f"{key}.{name}", torch.zeros_like(now))
                 spread = self.uncertainty.setdefault(f"{key}.{name}", torch.zeros_like(now))
                 smooth.mul_(beta1).add_(now, alpha=1 - beta1)

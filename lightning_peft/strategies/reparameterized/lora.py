@@ -61,7 +61,8 @@ class LoRA(PEFTStrategy):
         require(0 < self.alpha < math.inf, self, "alpha", "it must be positive and finite")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "a probability below 1 is needed")
         require(all(r >= 1 for r in self.rank_per_target.values()), self, "rank_per_target", "each rank must be at least 1")
-        require(all(a > 0 for a in self.alpha_per_target.values()), self, "alpha_per_target", "each alpha must be positive")
+        finite = all(0 < a < math.inf for a in self.alpha_per_target.values())
+        require(finite, self, "alpha_per_target", "each alpha must be positive and finite")
 
     @property
     def identity_at_init(self) -> bool:
@@ -76,7 +77,9 @@ class LoRA(PEFTStrategy):
             paths = {s.path for s in sites} if self.bias == "adapted" else None
             found = biases(anatomy.root, paths)
             if not found:
-                raise ConfigError(f"LoRA: bias='{self.bias}', but the {(paths and 'adapted layers') or 'model'} have no bias.")
+                raise ConfigError(
+                    f"LoRA: bias='{self.bias}', but {'the model has' if paths is None else 'the adapted layers have'} no bias."
+                )
             edits += [Train(path, name) for path, name in found]
         return Plan(tuple(edits))
 

@@ -97,7 +97,7 @@ class RowStore:
             self._warn_of_overlap(splits)
             if self.few_shot is not None:
                 splits["train"] = few_shot(
-                    splits["train"], lambda row: cell(row, self.spec.label_column), self.few_shot, self.seed
+                    splits["train"], lambda row: cell(row, self.spec.label_column), self.labels, self.few_shot, self.seed
                 )
         counts = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
         rank_zero_info(f"Data: {counts} rows; {self.duplicates} exact duplicates removed before splitting.")

@@ -9,7 +9,7 @@ import csv
 import importlib
 import json
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,8 +212,8 @@ def split_rows(rows: Sequence[Row], fractions: dict[str, float], seed: int) -> d
     return parts
 
 
-def few_shot(rows: Sequence[Row], label_of: Callable[[Row], str], k: int, seed: int) -> list[Row]:
-    """Return ``k`` rows of each label, chosen by ``seed``, in the order of the source.
+def few_shot(rows: Sequence[Row], label_of: Callable[[Row], str], labels: Iterable[str], k: int, seed: int) -> list[Row]:
+    """Return ``k`` rows of each of ``labels``, chosen by ``seed``, in the order of the source.
 
     Raises:
         DataError: a label has fewer than ``k`` rows.
@@ -221,7 +221,7 @@ def few_shot(rows: Sequence[Row], label_of: Callable[[Row], str], k: int, seed: 
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         by_label[label_of(row)].append(index)
-    short = {label: count for label, count in Counter(map(label_of, rows)).items() if count < k}
+    short = {label: len(by_label[label]) for label in labels if len(by_label[label]) < k}
     if short:
         raise DataError(f"few_shot={k} needs {k} training rows of each label, but there are only {short}.")
     chosen: list[int] = []

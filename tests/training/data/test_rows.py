@@ -141,6 +141,8 @@ def test_few_shot(sms):
     assert shots(0) != shots(1)
     with pytest.raises(DataError, match=r"few_shot=11.*{'spam': 10}"):
         _rows(data_path=sms, few_shot=11)
+    with pytest.raises(DataError, match=r"few_shot=2.*{'other': 0}"):
+        _rows(data_path=sms, few_shot=2, labels=["ham", "spam", "other"])
     with pytest.raises(ConfigError, match="few_shot=0"):
         _rows(data_path=sms, few_shot=0)
 
