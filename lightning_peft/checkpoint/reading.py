@@ -149,7 +149,10 @@ def _read_folder(folder: Path) -> AdapterFile:
 
 def _foreign(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
-        return f"'{folder}' is an adapter of Hugging Face peft. Load it with lightning_peft.interop.load_hf(model, '{folder}')."
+        return (
+            f"'{folder}' is an adapter of Hugging Face peft, a format that this version does not read. Merge it with peft "
+            "(merge_and_unload, then save_pretrained) and use the result as the base."
+        )
     if (folder / ".metadata").is_file():
         return (
             f"'{folder}' is a sharded checkpoint. Turn it into one file first: python -m "

@@ -99,6 +99,11 @@ def parameter(module: nn.Module, name: str) -> Tensor:
     return value
 
 
+def computes_more_than_a_lookup(module: nn.Module) -> bool:
+    """Return whether a subclass of nn.Embedding has a forward of its own (Gemma scales what it finds)."""
+    return isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward
+
+
 class LinearKind(LayerKind):
     """nn.Linear: weight (out, in)."""
 
@@ -134,7 +139,7 @@ class EmbeddingKind(LayerKind):
         if getattr(module, "max_norm", None) is not None:
             raise UnsupportedLayerError(f"{type(module).__name__} rewrites its own weight (max_norm); it cannot be adapted.")
         # A forward of its own does something else than a look-up; then only the weight itself can be adapted exactly.
-        plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        plain = not computes_more_than_a_lookup(module) or hasattr(module, "embed_scale")
         return _spec("embedding", module, weight, weight.shape[1], weight.shape[0], has_bias=False, has_input=plain)
 
     def canonical(self, weight: Tensor) -> Tensor:

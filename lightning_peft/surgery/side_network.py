@@ -23,8 +23,9 @@ from lightning_peft.errors import PortError
 from lightning_peft.nn.adapter import BuildContext
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Replace, Tap
-from lightning_peft.surgery.ports import BodyPort, Port
+from lightning_peft.surgery.ports import AttentionPort, BodyPort, EmbeddingsPort, Port
 from lightning_peft.surgery.stack import Call, CallAdapter
+from lightning_peft.surgery.tree import is_within
 
 Output = Literal["add", "replace"]
 KNOWN_MASKS = ("attention_mask", "mask", "src_mask", "src_key_padding_mask")
@@ -46,6 +47,29 @@ class _Running(threading.local):
 
 
 _RUNNING = _Running()
+
+
+def is_causal(anatomy: Anatomy, port: BodyPort) -> bool | None:
+    """Return whether positions of a body see earlier ones only; None where nothing tells it.
+
+    Raises:
+        PortError: The blocks take (length, batch, d).
+    """
+    blocks = [anatomy.root.get_submodule(path) for path in port.blocks]
+    layers = [block for block in blocks if isinstance(block, nn.TransformerEncoderLayer)]
+    if len(layers) == len(blocks):
+        if not all(layer.self_attn.batch_first for layer in layers):
+            raise PortError(
+                "the blocks take (length, batch, d). Build them with batch_first=True, or let the side blocks not attend."
+            )
+        return False  # causality comes with the mask
+    stacks = [p for p in anatomy.ports.get("embeddings", ()) if isinstance(p, EmbeddingsPort) and is_within(port.path, p.path)]
+    attentions = [
+        p for p in anatomy.ports.get("attention_kv", ()) if isinstance(p, AttentionPort) and is_within(p.path, port.path)
+    ]
+    if not stacks and not attentions:
+        return None
+    return any(p.causal for p in stacks) or any(p.causal and not p.cross for p in attentions)
 
 
 def side_network_edits(

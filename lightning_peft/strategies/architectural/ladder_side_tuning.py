@@ -13,17 +13,14 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 from lightning_peft.errors import ConfigError, PortError, TargetError
 from lightning_peft.nn.ladder import LadderNetwork
 from lightning_peft.strategies.registry import register
 from lightning_peft.strategies.strategy import PEFTStrategy, require
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan
-from lightning_peft.surgery.ports import AttentionPort, BodyPort, EmbeddingsPort
-from lightning_peft.surgery.side_network import side_network_edits
-from lightning_peft.surgery.tree import is_within
+from lightning_peft.surgery.ports import BodyPort
+from lightning_peft.surgery.side_network import is_causal, side_network_edits
 
 
 @register(
@@ -95,29 +92,14 @@ class LadderSideTuning(PEFTStrategy):
         build = functools.partial(
             LadderNetwork, hidden=hidden, width=width, steps=len(used), heads=self.heads, zero=self.output == "add"
         )
-        causal = self._is_causal(anatomy, port) if self.heads else False
+        causal = self.causal if self.causal is not None else self.heads > 0 and self._is_causal(anatomy, port)
         return Plan(side_network_edits(anatomy, port, used, build, output=self.output, causal=causal, attends=self.heads > 0))
 
     def _is_causal(self, anatomy: Anatomy, port: BodyPort) -> bool:
-        if self.causal is not None:
-            return self.causal
-        blocks = [anatomy.root.get_submodule(path) for path in port.blocks]
-        layers = [block for block in blocks if isinstance(block, nn.TransformerEncoderLayer)]
-        if len(layers) == len(blocks):
-            if not all(layer.self_attn.batch_first for layer in layers):
-                raise PortError(
-                    "LadderSideTuning: the blocks take (length, batch, d). Build them with batch_first=True, or set heads=0."
-                )
-            return False  # causality comes with the mask
-        stacks = [
-            p for p in anatomy.ports.get("embeddings", ()) if isinstance(p, EmbeddingsPort) and is_within(port.path, p.path)
-        ]
-        attentions = [
-            p for p in anatomy.ports.get("attention_kv", ()) if isinstance(p, AttentionPort) and is_within(p.path, port.path)
-        ]
-        if not stacks and not attentions:
+        known = is_causal(anatomy, port)
+        if known is None:
             raise ConfigError(
                 f"LadderSideTuning: whether {type(anatomy.root).__name__} is causal is unknown, and a wrong guess would let positions "
                 "see the future. Set causal to True or False, or heads to 0."
             )
-        return any(p.causal for p in stacks) or any(p.causal and not p.cross for p in attentions)
+        return known

@@ -16,7 +16,7 @@ from lightning_peft.strategies.registry import register
 from lightning_peft.strategies.strategy import PEFTStrategy, require
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Attach, BuildShared, Edit, Plan, Reparametrize
-from lightning_peft.surgery.layers import parameter
+from lightning_peft.surgery.layers import computes_more_than_a_lookup, parameter
 from lightning_peft.surgery.sites import Site
 
 
@@ -84,5 +84,4 @@ def _table(site: Site, module: nn.Module) -> Tensor:
 def _edit(site: Site, module: nn.Module, shared: str) -> Edit:
     build = functools.partial(TokenRowsAdapter, shared=shared)
     # A subclass may do more than look up (Gemma scales): there the trained rows stand in for the stored ones instead.
-    plain = not isinstance(module, nn.Embedding) or type(module).forward is nn.Embedding.forward
-    return Attach(site, build) if plain else Reparametrize(site, build)
+    return Reparametrize(site, build) if computes_more_than_a_lookup(module) else Attach(site, build)
