@@ -17,6 +17,17 @@ VOCAB, DIM, HEADS, FFN = 23, 16, 4, 24
 BATCH, LENGTH = 2, 5
 
 
+class MLP(nn.Module):
+    """The reference MLP of the specification: wide to narrow with bias, narrow to wide without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l1, self.l2 = nn.Linear(48, 32), nn.Linear(32, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l2(torch.tanh(self.l1(x)))
+
+
 class ConvNet(nn.Module):
     """Convolutions with stride and dilation, BatchNorm, a linear classifier."""
 

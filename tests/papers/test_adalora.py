@@ -12,17 +12,9 @@ from torch import Tensor, nn
 import lightning_peft as lp
 from lightning_peft.errors import CompatibilityError, ConfigError
 from lightning_peft.strategies.reparameterized.adalora import RankAllocation
+from tests.backbones import MLP
 
 D = torch.float64
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.l1, self.l2 = nn.Linear(48, 32), nn.Linear(32, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.l2(torch.tanh(self.l1(x)))
 
 
 X = torch.randn(5, 48, dtype=D, generator=torch.Generator().manual_seed(1))

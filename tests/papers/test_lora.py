@@ -7,24 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.errors import ConfigError, UnsupportedLayerError
-from tests.backbones import BACKBONES, run
+from tests.backbones import BACKBONES, MLP, run
 
 D = torch.float64
-
-
-class MLP(nn.Module):
-    """The reference MLP of the specification: wide to narrow with bias, narrow to wide without."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.l1, self.l2 = nn.Linear(48, 32), nn.Linear(32, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.l2(torch.tanh(self.l1(x)))
 
 
 def mlp(dtype: torch.dtype = D) -> MLP:
