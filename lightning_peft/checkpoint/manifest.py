@@ -71,6 +71,7 @@ def manifest_of(
         ConflictError: The handle lost a module, two of its tensors have one key, or ``state`` is not all of them.
         CompatibilityError: A tensor has no values yet (meta device).
     """
+    handle._forbid_merged("saving")  # its effect would be in a full checkpoint twice
     keys = live_keys(handle).keys()  # every tensor is reachable, and has a key of its own
     tensors = handle.state_dict() if state is None else state
     if tensors.keys() != keys:
@@ -141,7 +142,7 @@ def check_base(model: Handle | nn.Module, manifest: Mapping[str, Any]) -> str | 
     )
 
 
-def require_base(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+def require_base(model: Handle | nn.Module, manifest: Mapping[str, Any]) -> None:
     """Check the base as :func:`check_base` does, and warn where only its structure could be compared."""
     if check_base(model, manifest) is not None:
         warnings.warn(

@@ -66,6 +66,8 @@ class Handle:
         self.shared: dict[str, nn.Module] = {}
         # Plain values that are saved with the adapter: its base's name, task and prompt. Nothing here reads them.
         self.usage: dict[str, Any] = {}
+        # Who installed it, where that has to be known later; a plain value survives copies and child processes.
+        self.installer = ""
         self.base_fingerprint: dict[str, Any] | None = None
         self._originals: dict[str, Tensor] = {}
         self._merge: MergedWeights | None = None

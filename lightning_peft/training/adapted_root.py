@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import nn
 
 from lightning_peft.errors import ConflictError, TargetError, did_you_mean
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy
+from lightning_peft.surgery.fingerprint import strip_wrappers
 from lightning_peft.surgery.handle import Handle, handles
 from lightning_peft.surgery.stack import RESERVED, stack_of, stacks
 from lightning_peft.surgery.targets import REGEX, Targets
+from lightning_peft.surgery.tree import is_within
 
 
 def find_root(module: nn.Module, attribute: str | None) -> tuple[str, nn.Module]:
@@ -122,6 +124,44 @@ def train_whole(handle: Handle, extras: Collection[nn.Module]) -> None:
         for parameter in extra.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
+
+
+class HasExtras(Protocol):
+    """What has extra modules: a PEFT callback."""
+
+    def extras_of(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Return the extra modules by path."""
+
+
+def other_keys(module: nn.Module, installed: Sequence[tuple[HasExtras, Handle]]) -> set[str]:
+    """Return the keys that go into a checkpoint beside the adapters'.
+
+    These are all tensors of extra modules; and outside the adapted roots, parameters that train and persistent buffers, except
+    buffers of a part whose parameters are all frozen (a teacher).
+    """
+    whole = [path for owner, _ in installed for path in owner.extras_of(module)]
+    roots = [path_of(module, handle.root) or "" for _, handle in installed]
+    keys: set[str] = set()
+    for path, child in module.named_modules():
+        extra = any(is_within(path, w) for w in whole)
+        if not extra and any(is_within(path, r) for r in roots):
+            continue
+        named = [n for n, p in child._parameters.items() if p is not None and (extra or p.requires_grad)]
+        if extra or _trains(module, path):
+            hidden = child._non_persistent_buffers_set
+            named += [n for n, b in child._buffers.items() if b is not None and n not in hidden]
+        keys |= {strip_wrappers(f"{path}.{name}" if path else name) for name in named}
+    return keys
+
+
+def _trains(module: nn.Module, path: str) -> bool:
+    """Return whether the nearest part with parameters, from ``path`` upwards, has one that trains."""
+    while True:
+        part = module.get_submodule(path)
+        flags = [p.requires_grad for p in part.parameters()]
+        if flags or not path:
+            return any(flags)
+        path = path.rpartition(".")[0]
 
 
 def _set_flag(owner: nn.Module, name: str, flag: bool) -> None:

@@ -2,63 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
+import uuid
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.checkpoint import AdapterFile
-from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError, did_you_mean
-from lightning_peft.strategies.install import inject
+from lightning_peft.checkpoint import require_base
+from lightning_peft.errors import ConfigError, did_you_mean
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.strategies.strategy import PEFTStrategy
-from lightning_peft.surgery.anatomy import anatomy_of
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.inject import NAME
 from lightning_peft.surgery.stack import RESERVED, stack_of
 from lightning_peft.training import export, restoring, rng, table
-from lightning_peft.training.adapted_root import find_extras, find_handle, find_root, localized, path_of, train_whole
-from lightning_peft.training.initial import read_initial, start_from
-from lightning_peft.training.late import install_after_configure_model
-from lightning_peft.training.modes import BaseModes, has_statistics
-from lightning_peft.training.namespace import is_a, overrides
-from lightning_peft.training.optimizers import reach, split_groups
+from lightning_peft.training.adapted_root import other_keys, path_of
+from lightning_peft.training.installing import Installer
+from lightning_peft.training.namespace import is_a
+from lightning_peft.training.run_state import Run
 from lightning_peft.training.sentinel import GradientSentinel
-from lightning_peft.training.trainer_hooks import TrainerHooks, other_keys
+from lightning_peft.training.trainer_hooks import TrainerHooks
 from lightning_peft.types import AdapterDtype
 
 Holds = Literal["adapter", "full"]
 Reaction = Literal["raise", "warn", "off"]
-AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
-@dataclass(eq=False)
-class _Run:
-    """What one ``fit``, ``validate``, ``test`` or ``predict`` keeps; nothing of it is pickled or copied with the callback."""
-
-    stage: str
-    undo: list[Callable[[], object]] = field(default_factory=list)
-    modes: BaseModes | None = None
-    schedule: Schedule | None = None
-    sentinel: GradientSentinel | None = None
-    stepping: list[Optimizer] = field(default_factory=list)
-    step: int = 0
-    scale: float | None = None
-    finished: bool = False
-    saved_schedule: dict[str, Any] | None = None
-    resumed: list[rng.RNGState] | None = None
-    pending_init: AdapterFile | None = None
-
-
-class PEFTCallback(pl.Callback):
+class PEFTCallback(Installer):
     """Trains adapters on a frozen base inside any LightningModule, under any Trainer of ``lightning.pytorch`` or ``pytorch_lightning``.
 
     The module, its optimizer code and the checkpoint callback stay as they are. Adapters are installed before the Trainer wraps the
@@ -137,7 +113,9 @@ class PEFTCallback(pl.Callback):
         self.export = export
         self.anatomy = anatomy
         self.verbose = verbose
-        self._run: _Run | None = None
+        self._id = uuid.uuid4().hex
+        self._run: Run | None = None
+        self._ended: dict[str, Any] = {}  # state after the last fit: checkpoints are written after an error, and by the user
         if not NAME.fullmatch(name):
             raise ConfigError(
                 f"PEFTCallback: name={name!r}, but only letters, digits, '_' and '-' can be part of parameter names."
@@ -158,181 +136,9 @@ class PEFTCallback(pl.Callback):
         return f"lightning_peft.PEFTCallback[{self.name}]"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": None}
-
-    @property
-    def run(self) -> _Run:
-        """State of the run in progress."""
-        assert self._run is not None, "PEFTCallback.setup has not been called"
-        return self._run
-
-    # ------------------------------------------------------------------ installing
-
-    def apply(self, module: nn.Module) -> Handle:
-        """Install the adapter on a LightningModule now; a second call changes nothing.
-
-        Needed before ``fit`` under launchers that train in child processes, and inside ``configure_model`` between building a
-        module and sharding it with ``fully_shard``.
-
-        Returns:
-            The handle of the adapter.
-
-        Raises:
-            PEFTError: The adapter cannot be installed; the module is as it was.
-        """
-        return self.install(module)
-
-    def install(self, module: nn.Module) -> Handle:
-        """Install the adapter if it is not there, and let the extra modules train."""
-        handle = self.handle_of(module)
-        if handle is None:
-            handle = self._inject(module)
-        else:
-            path = path_of(module, handle.root)
-            wanted = localized(self.strategy, path or "", anatomy_of(handle.root, self.anatomy))
-            if handle.strategy != wanted:
-                raise ConflictError(
-                    f"adapter '{self.name}' is installed already as {handle.strategy}, and this callback asks for {wanted}. Use "
-                    "the same strategy, another name, or handles(model)[name].remove() first."
-                )
-        train_whole(handle, self.extras_of(module).values())
-        return handle
-
-    def _inject(self, module: nn.Module) -> Handle:
-        path, root = find_root(module, self.module)
-        if any(is_a(m, "FSDPModule") for m in root.modules()):
-            raise ConflictError(
-                f"'{path or type(module).__name__}' is sharded already (fully_shard), and adapters have to be there before. Call "
-                "callback.apply(self) in configure_model, between building the module and sharding it."
-            )
-        find_extras(module, root, self.extra_modules)
-        anatomy = anatomy_of(root, self.anatomy)
-        strategy = localized(self.strategy, path, anatomy)
-        start = None if self.init_from is None else read_initial(self.init_from, self.name, strategy, root)
-        handle = inject(root, strategy, self.name, adapter_dtype=self.adapter_dtype, anatomy=self.anatomy)  # type: ignore[arg-type]
-        try:
-            find_extras(module, root, self.extra_modules)  # once more: an extra module must not have adapters in it
-            if start is not None:
-                self._start_from(start, module, handle)
-        except BaseException:
-            handle.remove()
-            raise
-        return handle
-
-    def _start_from(self, start: AdapterFile, module: nn.Module, handle: Handle) -> None:
-        assert self.init_from is not None
-        if not any(tensor.is_meta for tensor in handle.state_dict().values()):
-            start_from(start, self.init_from, module, handle)
-        elif self._run is None:
-            raise CompatibilityError("init_from: the module is on the meta device, which holds no values. Materialise it first.")
-        else:
-            self._run.pending_init = start  # on_fit_start comes after Lightning has materialised the module
-
-    def handle_of(self, module: nn.Module) -> Handle | None:
-        """Return this callback's adapter on ``module``, or None before it is installed."""
-        return find_handle(module, self.name)
-
-    def extras_of(self, module: nn.Module) -> dict[str, nn.Module]:
-        """Return the extra modules by their path in ``module``."""
-        handle = self.handle_of(module)
-        root = handle.root if handle is not None else find_root(module, self.module)[1]
-        return find_extras(module, root, self.extra_modules)
-
-    def _handle(self, module: nn.Module) -> Handle:
-        handle = self.handle_of(module)
-        if handle is None:
-            raise ConflictError(
-                f"adapter '{self.name}' is gone from {type(module).__name__}: a hook has built the model anew after it was installed. "
-                "Build it once (`if self.net is None`) in setup or configure_model."
-            )
-        return handle
-
-    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
-        """Install the adapter now, or arrange for it to happen once the module is built."""
-        self._check_neighbours(trainer)
-        installed = self.handle_of(pl_module) is not None
-        self._check_launcher(trainer, stage, installed)
-        self._run = _Run(stage)
-        TrainerHooks.enter(trainer.strategy, self)
-        builds = overrides(pl_module, "configure_model")
-        # A module that is built in `setup` is not here yet; weight averaging that copies the module right after us is no reason to wait.
-        late = builds or (
-            overrides(pl_module, "setup") and not any(is_a(c, "StochasticWeightAveraging") for c in trainer.callbacks)
-        )
-        if installed or not late:
-            self._install_for(pl_module)
-        elif builds or not is_a(trainer.strategy, "ModelParallelStrategy"):  # else Lightning's own error about configure_model
-            self.run.undo.append(install_after_configure_model(pl_module, self._install_for))
-
-    def _check_neighbours(self, trainer: Any) -> None:
-        before = trainer.callbacks[: trainer.callbacks.index(self)]
-        early = next((c for c in before if is_a(c, *AVERAGING)), None)
-        if early is not None:
-            raise ConflictError(
-                f"{type(early).__name__} stands before PEFTCallback and would copy the module without adapters. Put PEFTCallback "
-                "first in Trainer(callbacks=[...])."
-            )
-
-    def _check_launcher(self, trainer: Any, stage: str, installed: bool) -> None:
-        if stage != "fit" or not is_a(trainer.strategy.launcher, "_MultiProcessingLauncher"):
-            return
-        if not installed:
-            raise ConflictError(
-                f"{type(trainer.strategy).__name__} trains in child processes, and adapters installed there do not come back with "
-                "the trained values. Call callback.apply(module) before trainer.fit."
-            )
-        if self.merge_on_end:
-            raise ConfigError(
-                "merge_on_end=True under a launcher with child processes: the parent would get a merged base and an active adapter. "
-                "Call handles(module)[name].merge() after fit instead."
-            )
-
-    def _install_for(self, module: nn.Module) -> None:
-        """Install, and prepare the module for this stage: at once, since a learning-rate finder trains before ``on_fit_start``."""
-        handle, run = self.install(module), self.run
-        if run.stage == "fit":
-            self._check_unmerged(handle)
-        if run.modes is not None:
-            return
-        run.undo.append(restoring.lenient(module, (self.name,)).remove)
-        trainer: Any = module.trainer
-        if trainer.strategy.restore_checkpoint_after_setup:
-            strict: Any = module._strict_loading
-            module._strict_loading = False  # type: ignore[assignment]  # these raise for each missing key before any hook can judge
-            run.undo.append(functools.partial(setattr, module, "_strict_loading", strict))
-        run.modes = BaseModes(handle.root, self.extras_of(module).values(), base_dropout=self.base_dropout)
-        if run.stage == "fit":
-            self._check_statistics(module, handle)
-            run.modes.apply()
-            run.undo += [run.modes.restore, run.modes.excuse_from_warning(trainer.fit_loop)]
-
-    def _check_unmerged(self, handle: Handle) -> None:
-        if handle.merged:
-            raise ConflictError(
-                f"adapter '{self.name}' is merged into the base, so it cannot train. unmerge() it, or remove() it and start anew."
-            )
-
-    def _check_statistics(self, module: Any, handle: Handle) -> None:
-        swa = any(is_a(c, "StochasticWeightAveraging") for c in module.trainer.callbacks)
-        if swa and any(has_statistics(m) for m in handle.root.modules()):
-            raise ConfigError(
-                "StochasticWeightAveraging recomputes the running statistics of BatchNorm, which belong to the frozen base and are in "
-                "no adapter file. Use EMAWeightAveraging."
-            )
+        return {**self.__dict__, "_run": None, "_ended": {}}
 
     # ------------------------------------------------------------------ fit
-
-    def reach_optimizers(self, strategy: Any) -> None:
-        """Bring the adapter into the optimizers that ``configure_optimizers`` made, or that were made before it was there."""
-        module = strategy.lightning_module
-        handle = self._handle(module)
-        extras = [p for extra in self.extras_of(module).values() for p in extra.parameters() if p.requires_grad]
-        added = reach(strategy.optimizers, handle.root.parameters(), [*handle.trainable_parameters(), *extras])
-        if added:
-            which = type(strategy.optimizers[0]).__name__
-            self.say(module, f"{added} tensors of adapter '{self.name}' joined the first group of {which}.")
-        options = [(s.tensor(), handle.strategy.group_options(s)) for s in handle.trainable_slots()]
-        split_groups(strategy.optimizers, strategy.lr_scheduler_configs, options)  # type: ignore[arg-type]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the method's schedule and the sentinel, and show the table."""
@@ -342,6 +148,7 @@ class PEFTCallback(pl.Callback):
         run.modes.apply()
         if run.pending_init is not None:
             start, run.pending_init = run.pending_init, None
+            require_base(handle, start.manifest)  # on meta there were no values to compare
             self._start_from(start, pl_module, handle)
         self._start_schedule(trainer, handle)
         if self.verbose and trainer.is_global_zero:
@@ -360,7 +167,7 @@ class PEFTCallback(pl.Callback):
                 f"{type(handle.strategy).__name__} plans over the whole run; set max_epochs or max_steps of the Trainer."
             )
         schedule.on_start(int(total))
-        if run.saved_schedule is not None:
+        if run.saved_schedule:  # empty in what a finder saves: it starts before this hook
             schedule.load_state_dict(run.saved_schedule)
         run.schedule = schedule
 
@@ -372,6 +179,7 @@ class PEFTCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take note of where training starts, after everything is restored."""
         run = self.run
+        run.fresh = None
         run.step = trainer.global_step
         run.scale = _scale(trainer)
         if self.gradient_sentinel != "off":
@@ -407,11 +215,11 @@ class PEFTCallback(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Gradients are whole and unscaled here, and not clipped yet."""
         run = self.run
-        if run.schedule is not None:
-            run.schedule.before_step(optimizer)
         if run.sentinel is not None:
             run.sentinel.before_step(optimizer)
-        run.stepping.append(optimizer)
+        if run.schedule is not None and _holds(optimizer, self._handle(pl_module)):
+            run.schedule.before_step(optimizer)
+            run.stepping = optimizer
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -419,7 +227,7 @@ class PEFTCallback(pl.Callback):
         """Check that the adapter runs and, after a step, let the schedule and the sentinel see it."""
         run = self.run
         self._check_ran(pl_module)
-        stepped, run.stepping = run.stepping, []
+        stepped, run.stepping = run.stepping, None
         if trainer.global_step == run.step:
             return
         run.step, before, run.scale = trainer.global_step, run.scale, _scale(trainer)
@@ -430,9 +238,9 @@ class PEFTCallback(pl.Callback):
                 sentinel, run.sentinel = run.sentinel, None
                 if report is not None:
                     sentinel.close(self.gradient_sentinel, report)
-        if run.schedule is not None:
-            for optimizer in stepped or (None,):
-                run.schedule.after_step(optimizer, skipped=skipped)
+        if run.schedule is not None and stepped is not None:
+            # Once, however many optimizers there are: its plan counts like estimated_stepping_batches.
+            run.schedule.after_step(stepped, skipped=skipped)
 
     def _check_ran(self, module: nn.Module, *, training: bool = True) -> None:
         """Raise if the module has run and some adapter has not; the root's own forward checks by itself where it is called."""
@@ -458,12 +266,11 @@ class PEFTCallback(pl.Callback):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return random states of all ranks, the schedule's state and what trains; every rank has to call it."""
+        """Return random states of all ranks and the schedule's state, of the last ``fit`` if none runs; every rank has to call it."""
         run = self._run
-        if run is None or run.stage != "fit":
-            return {}
-        schedule = {} if run.schedule is None else run.schedule.state_dict()
-        return {"rng": rng.gather_rng_states(), "schedule": schedule}
+        if run is not None and run.stage == "fit":
+            return {"rng": rng.gather_rng_states(), "schedule": run.schedule_state()}
+        return self._ended
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore random states at once (``on_train_start`` is too late, the sampler has drawn its seed), and the schedule."""
@@ -473,7 +280,7 @@ class PEFTCallback(pl.Callback):
         run.resumed = state_dict["rng"]
         rng.restore_rank(run.resumed)
         run.saved_schedule = state_dict["schedule"]
-        if run.schedule is not None:  # strategies that restore after on_fit_start
+        if run.schedule is not None and run.saved_schedule:  # strategies that restore after on_fit_start
             run.schedule.load_state_dict(run.saved_schedule)
 
     # ------------------------------------------------------------------ end
@@ -507,19 +314,28 @@ class PEFTCallback(pl.Callback):
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Undo what was there for the run only; Lightning does not call ``teardown`` after an error."""
-        self._close()
+        """Undo what was there for the run only; Lightning does not call ``teardown`` after an error.
 
-    def _close(self) -> None:
+        An adapter that this run installed and did not come to train goes too: it holds nothing, as when a checkpoint was refused.
+        """
+        fresh = None if self._run is None else self._run.fresh
+        self._close(failed=True)
+        if fresh is not None and not is_a(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
+            fresh.remove()
+
+    def _close(self, *, failed: bool = False) -> None:
         run, self._run = self._run, None
+        if run is not None and run.stage == "fit" and run.fresh is None:
+            states = [rng.rng_state()] if failed else rng.gather_rng_states()  # after an error other ranks may never come
+            self._ended = {"rng": states, "schedule": run.schedule_state()}
         while run is not None and run.undo:
             run.undo.pop()()
 
-    def say(self, module: nn.Module, text: str) -> None:
-        """Print on rank zero."""
-        trainer = getattr(module, "_trainer", None)
-        if self.verbose and (trainer is None or trainer.is_global_zero):
-            print(f"[PEFT] {text}")
+
+def _holds(optimizer: Optimizer, handle: Handle) -> bool:
+    """Return whether an optimizer trains tensors of an adapter."""
+    owned = {id(p) for p in handle.trainable_parameters()}
+    return any(id(p) in owned for group in optimizer.param_groups for p in group["params"])
 
 
 def _scale(trainer: Any) -> float | None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_peft.checkpoint import read_adapter, save_adapter, strip_wrappers, write_adapter
 from lightning_peft.surgery.handle import Handle
-from lightning_peft.training.adapted_root import path_of
-from lightning_peft.training.trainer_hooks import other_keys
+from lightning_peft.training.adapted_root import other_keys, path_of
 
 if TYPE_CHECKING:
     from lightning_peft.training.trainer_hooks import Owner

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_peft.checkpoint import check_manifest, manifests_of, require_base, strip_wrappers
+from lightning_peft.checkpoint import check_manifest, manifests_of, require_base
 from lightning_peft.checkpoint.reading import load_checkpoint
 from lightning_peft.strategies.install import inject
 from lightning_peft.training import restoring
@@ -18,7 +18,9 @@ from lightning_peft.training.adapted_root import find_handle, find_root, train_w
 M = TypeVar("M", bound=nn.Module)
 
 
-def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: Any) -> M:
+def load_from_checkpoint(
+    cls: type[M], path: str | os.PathLike[str], *, anatomy: dict[str, Any] | str | None = None, **kwargs: Any
+) -> M:
     """Build a LightningModule from a checkpoint that was saved with :class:`PEFTCallback`.
 
     The module is built as ``cls.load_from_checkpoint`` builds it, so that the base comes from where the class takes it (or from a
@@ -27,6 +29,7 @@ def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: A
     Args:
         cls: The user's LightningModule class.
         path: The ``.ckpt`` file.
+        anatomy: Roles of an architecture that the package does not know, as given to :class:`PEFTCallback`.
         **kwargs: As for ``cls.load_from_checkpoint``: ``map_location``, and arguments of the class in place of the saved ones.
 
     Raises:
@@ -45,15 +48,14 @@ def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: A
                 prefix = f"{manifest['root']}." if manifest["root"] else ""
                 strategy = check_manifest(manifest)
                 require_base(root, manifest)
-                handle = inject(root, strategy, name, adapter_dtype=manifest["adapter_dtype"])
+                handle = inject(root, strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)  # type: ignore[arg-type]
                 handle.usage = dict(manifest.get("usage", {}))
                 # Extra modules below the root train on, as they did in the run that saved them.
                 extras = {key.rpartition(".")[0] for key in manifest["extra"] if key.startswith(prefix)}
                 train_whole(handle, [self.get_submodule(path) for path in sorted(extras)])
 
         def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-            own = {strip_wrappers(key): key for key in self.state_dict()}  # one of the two may be compiled
-            state_dict = {own.get(strip_wrappers(key), key): value for key, value in state_dict.items()}
+            state_dict = restoring.renamed(state_dict, self)
             hook = restoring.lenient(self, tuple(manifests))
             try:
                 return super().load_state_dict(state_dict, *args, **kwargs)

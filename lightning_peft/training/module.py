@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
-from lightning_peft.errors import CompatibilityError, ConfigError, did_you_mean
+from lightning_peft.errors import ConfigError, did_you_mean
 from lightning_peft.loading.base import BaseSource, Dtype, load_model, load_tokenizer
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.strategies.strategy import PEFTStrategy
@@ -288,13 +288,6 @@ class PEFTLightningModule(pl.LightningModule):
         if self._trainer is not None:
             return
         checkpoint.update(prepare(checkpoint, "the checkpoint", self, [(self.peft, self.handle)]))
-        extras = self.peft.extras_of(self)
-        needed = [f"{path}.{name}" for path, extra in extras.items() for name, _ in extra.named_parameters()]
-        lost = sorted(set(needed) - set(checkpoint["state_dict"]))
-        if lost:
-            raise CompatibilityError(
-                f"the checkpoint lacks '{lost[0]}' of the extra modules, which would keep its random values."
-            )
 
     @contextmanager
     def base_only(self) -> Iterator[None]:

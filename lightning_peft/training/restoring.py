@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.checkpoint import check_base, live_keys, manifests_of, strip_wrappers
 from lightning_peft.errors import CompatibilityError, MergeError
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.stack import RESERVED
-from lightning_peft.training.adapted_root import find_handle, path_of
+from lightning_peft.surgery.tree import is_within
+from lightning_peft.training.adapted_root import find_handle, other_keys, path_of
 
 if TYPE_CHECKING:
     from lightning_peft.training.trainer_hooks import Owner
@@ -37,6 +38,9 @@ def prepare(checkpoint: dict[str, Any], where: str, module: nn.Module, installed
         CompatibilityError: Adapter tensors are missing, foreign or of another shape; or the adapter belongs to another base.
         MergeError: An adapter of the module is merged.
     """
+    checkpoint = checkpoint | {
+        part: renamed(checkpoint[part], module) for part in ("state_dict", "current_model_state") if checkpoint.get(part)
+    }
     state = {strip_wrappers(key): value for key, value in checkpoint["state_dict"].items()}
     adapter_keys = {key for key in state if RESERVED in key.split(".")}
     if "peft" not in checkpoint and not adapter_keys:
@@ -61,7 +65,50 @@ def prepare(checkpoint: dict[str, Any], where: str, module: nn.Module, installed
             f"{where} also holds '{foreign[0]}', an adapter tensor that this module has no place for. Add the PEFTCallback that made "
             "it, with its name and strategy."
         )
+    _check_extras(checkpoint, where, module, installed, state)
     return checkpoint
+
+
+def renamed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return a state under the module's own keys: one of the two may be compiled, or wrapped otherwise."""
+    own = {strip_wrappers(key): key for key in module.state_dict()}
+    return {own.get(strip_wrappers(key), key): value for key, value in state.items()}
+
+
+def _check_extras(
+    checkpoint: Mapping[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]], state: Mapping[str, Any]
+) -> None:
+    """Check that what trains beside the adapters is the same in the file and in the module."""
+    wanted = other_keys(module, installed)
+    tensors = {strip_wrappers(key): tensor for key, tensor in module.state_dict().items()}
+    missing = sorted(wanted & {strip_wrappers(name) for name, _ in module.named_parameters()} - state.keys())
+    if missing:
+        raise CompatibilityError(
+            f"{where} lacks {_listed(missing)}, which trains here beside the adapter. Leave it out of extra_modules (or freeze it) as in "
+            "the run that saved the file, or start a new run with PEFTCallback(init_from=...)."
+        )
+    roots = [strip_wrappers(path_of(module, handle.root) or "") for _, handle in installed]
+    manifests = manifests_of(checkpoint, where).values() if "peft" in checkpoint else ()
+    saved = {key for manifest in manifests for key in manifest["extra"]}
+    # Outside the adapted roots it may have been frozen or not at the time; below them it trains as an extra module only.
+    surplus = sorted(key for key in saved - wanted if any(is_within(key, root) for root in roots))
+    if surplus:
+        modules = sorted({key.rpartition(".")[0] for key in surplus})
+        raise CompatibilityError(
+            f"{where} also holds {_listed(surplus)}, which trained beside the adapter and is frozen here. Give PEFTCallback the "
+            f"extra_modules of the run that saved it, such as extra_modules={modules[:3]}."
+        )
+    for key in sorted(wanted & state.keys() & tensors.keys()):
+        if state[key].shape != tensors[key].shape:
+            raise CompatibilityError(
+                f"{where}: '{key}' has shape {tuple(state[key].shape)}, the module expects {tuple(tensors[key].shape)}. Build the module "
+                "with the same head (number of labels)."
+            )
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(f"'{key}'" for key in keys[:3]) + more
 
 
 def _check_adapter(
@@ -94,13 +141,25 @@ def _before_peft(
 ) -> dict[str, Any]:
     """Load the base from a full checkpoint that knows no adapters, and install fresh ones on it."""
     state = checkpoint["state_dict"]
-    base = {strip_wrappers(k) for k in module.state_dict() if RESERVED not in k.split(".")}
-    missing = sorted(base - {strip_wrappers(k) for k in state})
+    base = {k: v for k, v in module.state_dict().items() if RESERVED not in k.split(".")}
+    missing = sorted(base.keys() - state.keys())
     if missing:
         raise CompatibilityError(
             f"{where} holds no adapter, and it is no full checkpoint of {type(module).__name__} either: '{missing[0]}' is not in it. "
             "Resume from a checkpoint that was saved with this PEFTCallback."
         )
+    foreign = sorted(state.keys() - base.keys())
+    if foreign:
+        raise CompatibilityError(
+            f"{where} was made before PEFT, of another module: {type(module).__name__} has no place for {_listed(foreign)}. Build the "
+            "module as it was then."
+        )
+    for key, tensor in base.items():
+        if isinstance(tensor, Tensor) and tensor.shape != state[key].shape:
+            raise CompatibilityError(
+                f"{where} was made before PEFT, of another module: '{key}' has shape {tuple(state[key].shape)}, "
+                f"{type(module).__name__} expects {tuple(tensor.shape)}. Build the module with the same sizes (number of labels)."
+            )
     for _, handle in reversed(installed):
         handle.remove()
     try:
@@ -129,11 +188,9 @@ def lenient(module: nn.Module, names: tuple[str, ...]) -> RemovableHandle:
 
 def _after_load(names: tuple[str, ...], module: nn.Module, incompatible: Any) -> None:
     missing = {strip_wrappers(key) for key in incompatible.missing_keys}
-    strict: set[str] = set()
-    for name in names:
-        handle = find_handle(module, name)
-        if handle is not None:
-            strict |= set(live_keys(handle, strip_wrappers(path_of(module, handle.root) or "")).values())
+    handles = [handle for name in names if (handle := find_handle(module, name)) is not None]
+    roots = [strip_wrappers(path_of(module, handle.root) or "") for handle in handles]
+    strict = {key for handle, root in zip(handles, roots, strict=True) for key in live_keys(handle, root).values()}
     lost = sorted(key for key in strict if any(m == key or m.endswith("." + key) for m in missing))
     if lost:
         raise CompatibilityError(
@@ -141,6 +198,7 @@ def _after_load(names: tuple[str, ...], module: nn.Module, incompatible: Any) ->
             "with another strategy or other targets."
         )
     frozen = {strip_wrappers(n) for n, p in module.named_parameters() if not p.requires_grad} - strict
+    frozen = {key for key in frozen if any(is_within(key, root) for root in roots)}
     absent = {key for key in frozen if any(m == key or m.endswith("." + key) for m in missing)}
     if absent == frozen:  # the base as a whole is elsewhere; a part of it missing is an error as ever
         trained = {strip_wrappers(n) for n, p in module.named_parameters() if p.requires_grad}

@@ -22,7 +22,7 @@ from lightning_peft.checkpoint import live_keys, manifest_of, stamp, strip_wrapp
 from lightning_peft.errors import ConfigError
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.training import restoring
-from lightning_peft.training.adapted_root import path_of
+from lightning_peft.training.adapted_root import other_keys, path_of
 from lightning_peft.training.namespace import is_a
 
 ATTRIBUTE = "_peft_hooks"
@@ -218,39 +218,4 @@ def kept_keys(module: nn.Module, installed: list[tuple[Owner, Handle]]) -> set[s
     return keys
 
 
-def other_keys(module: nn.Module, installed: list[tuple[Owner, Handle]]) -> set[str]:
-    """Return the keys that go into a checkpoint beside the adapters'.
-
-    These are all tensors of extra modules; and outside the adapted roots, parameters that train and persistent buffers, except
-    buffers of a part whose parameters are all frozen (a teacher).
-    """
-    whole = [path for owner, _ in installed for path in owner.extras_of(module)]
-    roots = [path_of(module, handle.root) or "" for _, handle in installed]
-    keys: set[str] = set()
-    for path, child in module.named_modules():
-        extra = any(_within(path, w) for w in whole)
-        if not extra and any(_within(path, r) for r in roots):
-            continue
-        named = [n for n, p in child._parameters.items() if p is not None and (extra or p.requires_grad)]
-        if extra or _trains(module, path):
-            hidden = child._non_persistent_buffers_set
-            named += [n for n, b in child._buffers.items() if b is not None and n not in hidden]
-        keys |= {strip_wrappers(f"{path}.{name}" if path else name) for name in named}
-    return keys
-
-
-def _within(path: str, ancestor: str) -> bool:
-    return not ancestor or path == ancestor or path.startswith(ancestor + ".")
-
-
-def _trains(module: nn.Module, path: str) -> bool:
-    """Return whether the nearest part with parameters, from ``path`` upwards, has one that trains."""
-    while True:
-        part = module.get_submodule(path)
-        flags = [p.requires_grad for p in part.parameters()]
-        if flags or not path:
-            return any(flags)
-        path = path.rpartition(".")[0]
-
-
-__all__ = ["Owner", "TrainerHooks", "kept_keys", "other_keys"]
+__all__ = ["Owner", "TrainerHooks", "kept_keys"]

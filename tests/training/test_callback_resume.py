@@ -85,6 +85,53 @@ def test_resume_after_ctrl_c_is_exact(make: Any, strategy: Any, tmp_path: Path) 
     assert_equal(whole, resumed)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("strategy", [LORA, ADALORA], ids=["lora", "adalora"])
+def test_what_ctrl_c_itself_saves_can_be_resumed(strategy: Any, tmp_path: Path) -> None:
+    """The file is written after on_exception, when the run of the callback is over. (The batch at hand is lost, as without PEFT.)"""
+    keep = {"save_on_exception": True, "every_n_train_steps": 100}
+    fit(tmp_path / "a", Plain, strategy, Interrupt(9), data=Stateful(loader()), keep=keep)
+    interrupted = torch.get_rng_state()
+    (path,) = (tmp_path / "a").iterdir()
+    seen: list[Any] = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            schedule = trainer.callbacks[0].run.schedule
+            seen.extend([trainer.global_step, None if schedule is None else schedule.step, torch.get_rng_state()])
+
+    fit(tmp_path / "b", Plain, strategy, Look(), data=Stateful(loader()), path=path, keep=keep)
+    assert seen[:2] == [9, 9 if strategy is ADALORA else None]
+    assert torch.equal(seen[2], interrupted)
+
+
+def test_resume_from_what_is_saved_after_fit_is_exact(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", Plain, LORA)
+    _, run = fit(tmp_path / "part", Plain, LORA, max_epochs=2)
+    torch.rand(3)  # what the user does in between is no part of the run
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    assert_equal(whole, fit(tmp_path / "part2", Plain, LORA, path=tmp_path / "after.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_what_a_finder_saves_in_a_resumed_run_keeps_the_schedule(tmp_path: Path) -> None:
+    """It saves between the restore and on_fit_start, and restores that."""
+    fit(tmp_path / "a", Plain, ADALORA)
+    steps: list[int] = []
+
+    class Finder(pl.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            peft = next(c for c in trainer.callbacks if hasattr(c, "init_from"))
+            peft.load_state_dict(peft.state_dict())
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            steps.append(next(c for c in trainer.callbacks if hasattr(c, "init_from")).run.schedule.step)
+
+    run = trainer(tmp_path, Finder(), callback(ADALORA), max_epochs=4)
+    run.fit(Plain(), loader(), ckpt_path=tmp_path / "a" / "step=8.ckpt")
+    assert steps == [8]
+
+
 @pytest.mark.parametrize("options", [{"save_on_train_epoch_end": True}, {"every_n_train_steps": 4}])
 def test_resume_is_exact_wherever_an_epoch_end_is_saved(options: dict[str, Any], tmp_path: Path) -> None:
     whole = fit(tmp_path / "a", Plain, LORA, keep=options)

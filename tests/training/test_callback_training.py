@@ -293,6 +293,51 @@ def test_schedule_sees_every_step_and_its_penalty_is_the_loss_plus_penalty(cls: 
         torch.testing.assert_close(value, adapter_state(twin)[key], rtol=1e-4, atol=1e-6)
 
 
+class TwoOptimizers(Manual):
+    """The second one trains another network, and may come first or last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(32, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        for optimizer, network in zip(self.optimizers(), (self.net, self.other), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(((network(x) - y) ** 2).mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (self.net, self.other)]
+
+
+class HalfAndHalf(TwoOptimizers):
+    """Each trains a part of the adapted network."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        one, two = self.optimizers()
+        one.zero_grad(), two.zero_grad()
+        self.manual_backward(self.loss(batch))
+        one.step(), two.step()
+
+    def configure_optimizers(self) -> Any:
+        lp.handles(self)  # the adapter is there: it lies below these layers
+        return [torch.optim.AdamW(self.net[i].parameters(), lr=0.01) for i in (0, 3)]
+
+
+@pytest.mark.parametrize("cls", [TwoOptimizers, HalfAndHalf])
+def test_schedule_counts_a_batch_once_however_many_optimizers_step(cls: Any, tmp_path: Path) -> None:
+    Recorded.log.clear()
+    with registered(Scheduled):
+        run = trainer(tmp_path, callback(Scheduled(rank=2, targets=["0", "3"]), module="net"))
+        run.fit(cls(), loader())
+    assert Recorded.log[0] == ("start", 4)
+    assert run.global_step == 8  # Lightning counts every optimizer
+    names = [entry[0] for entry in Recorded.log[1:]]
+    assert names.count("after") == 4
+    assert names.count("before") == (4 if cls is TwoOptimizers else 8)
+
+
 # ---------------------------------------------------------------------- neighbours
 
 
@@ -397,3 +442,38 @@ def test_table_estimates_the_checkpoint(tmp_path: Path) -> None:
         assert budget(handle, {}, [optimizer], full=False).checkpoint == (1 + copies) * size
     whole = budget(handle, {}, [], full=True).checkpoint
     assert whole == sum(p.numel() * 4 for p in module.parameters())
+
+
+ADALORA = lp.AdaLoRA(initial_rank=2, target_rank=1, warmup=1, final=1, targets=["0", "3"])
+
+
+class Steps(pl.Callback):
+    """Notes the steps of the schedule at the end of training."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        schedule = next(c for c in trainer.callbacks if isinstance(c, lp.PEFTCallback)).run.schedule
+        self.seen = (schedule.step, schedule.total_steps, trainer.global_step)
+
+
+def test_learning_rate_finder_and_a_schedule(tmp_path: Path) -> None:
+    """The finder saves and restores before the schedule has started."""
+    finder, steps = LearningRateFinder(num_training_steps=6, min_lr=1e-4, max_lr=1e-2), Steps()
+    trainer(tmp_path, callback(ADALORA), finder, steps, max_epochs=2).fit(Plain(), loader())
+    assert steps.seen == (8, 8, 8)
+
+
+def test_batch_size_finder_and_a_schedule(tmp_path: Path) -> None:
+    class Sized(pl.LightningDataModule):
+        batch_size = 2
+
+        def train_dataloader(self) -> Any:
+            return loader(32, batch_size=self.batch_size)
+
+        def val_dataloader(self) -> Any:
+            return loader(8, shuffle=False)
+
+    data, steps = Sized(), Steps()
+    finder = BatchSizeFinder(steps_per_trial=1, max_trials=1)
+    trainer(tmp_path, callback(ADALORA), finder, steps, max_epochs=1).fit(Plain(), datamodule=data)
+    total = 32 // data.batch_size
+    assert steps.seen == (total, total, total)

@@ -52,3 +52,46 @@ def test_a_compiled_network_is_the_same_network(saved: type[Plain], wanted: type
     again = lp.load_from_checkpoint(wanted, tmp_path / "x.ckpt")
     x = torch.randn(3, 32)
     assert torch.equal(module.eval()(x), again.eval()(x))
+
+
+ANATOMY = {"name": "own", "stacks": [{"blocks": "layers", "roles": {"mlp.up": "first"}}]}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+class Own(nn.Module):
+    """An architecture that the package does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[1](self.layers[0](x))[:, :2]
+
+
+class WithOwn(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Own()
+
+
+def test_roles_of_a_callback_with_its_own_anatomy_come_back(tmp_path: Path) -> None:
+    module = WithOwn()
+    run = trainer(tmp_path, callback(lp.LoRA(rank=2, targets=["mlp.up"]), anatomy=ANATOMY))
+    run.fit(module, loader(8))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(lp.errors.TargetError, match=r"mlp\.up"):
+        lp.load_from_checkpoint(WithOwn, tmp_path / "x.ckpt")
+    again = lp.load_from_checkpoint(WithOwn, tmp_path / "x.ckpt", anatomy=ANATOMY)
+    x = torch.randn(3, 32)
+    assert torch.equal(module.eval()(x), again.eval()(x))
+    assert {entry.key for entry in lp.handles(again)["default"].entries} == {"layers.0.first", "layers.1.first"}
