@@ -1,6 +1,6 @@
 """The quickstart beside a plain loop over HF peft: the same model, rows, batches, steps and hyperparameters; accuracy and speed.
 
-    python tests/benchmarks/quickstart_vs_hf.py            # seeds 0 1 2; about 12 minutes on two idle cores
+    python tests/benchmarks/quickstart_vs_hf.py            # seeds 0 1 2; 9 minutes a seed on two busy, stalling cores
     python tests/benchmarks/quickstart_vs_hf.py 0
 
 Ours is the real thing: ``configs/quickstart.yaml`` through LightningCLI and ``Trainer.fit``. The HF loop runs inside the same fit,

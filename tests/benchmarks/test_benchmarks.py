@@ -52,7 +52,7 @@ def test_both_contenders_learn_the_same_rows(tiny_llama: Path, tmp_path: Path, m
     result = quickstart_vs_hf.compare(1, *arguments)
     assert [len(result.ratios(clock)) for clock in (0, 1)] == [12, 12]
     assert result.fit > result.seconds(0) > 0
-    assert result.apart < 1e-3  # the same start, the same batches, the same steps: only rounding is left
+    assert result.apart < 1e-5  # the same start, the same batches, the same steps: at most rounding is left
     assert result.ours == result.theirs
     text = quickstart_vs_hf.table([result, result])
     assert "accuracy ours - HF +0.0000" in text
