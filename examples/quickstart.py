@@ -20,9 +20,11 @@ from examples.assets import smollm2, sms_spam  # noqa: E402
 from lightning_peft.training.cli import PEFTCLI  # noqa: E402
 
 
-def main(*arguments: str) -> dict[str, float]:
-    """Run the job; further arguments override the config (``--trainer.max_steps=20``). Returns what the table shows."""
-    base, data = smollm2(), sms_spam()
+def main(base: Path, data: Path, *arguments: str) -> dict[str, float]:
+    """Run the job on a model folder and a CSV; further arguments override the config (``--trainer.max_steps=20``).
+
+    Returns what the table shows.
+    """
     config = ["--config", str(ROOT / "configs" / "quickstart.yaml"), f"--model.base={base}", f"--data.data_path={data}"]
     cli = PEFTCLI([*config, *arguments], run=False)
     trainer, module, datamodule = cli.trainer, cli.model, cli.datamodule
@@ -46,7 +48,7 @@ def main(*arguments: str) -> dict[str, float]:
         table.add_row(name, f"{accuracy:.3f}", f"{f1:.3f}")
     console = Console()
     console.print(table)
-    folder = Path(module.callback_options["export"]) / "last"
+    folder = Path(module.peft.export) / "last"
     size = (folder / "adapter.safetensors").stat().st_size
     share = module.handle.num_trainable() / sum(p.numel() for p in module.base.parameters())
     console.print(f"trained {share:.2%} of the parameters in {seconds:.0f} s; the adapter has {size:,} bytes")
@@ -79,4 +81,4 @@ def tfidf(train: list[dict[str, str]], test: list[dict[str, str]]) -> tuple[floa
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     del sys.argv[1:]  # LightningCLI warns when both are there
-    main(*arguments)
+    main(smollm2(), sms_spam(), *arguments)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from examples import hf_callback, masked_lm
+from examples import hf_callback, masked_lm, quickstart
 from lightning_peft.checkpoint import read_adapter
 
 WORDS = [
@@ -70,3 +72,20 @@ def test_callback_around_a_transformers_model(tmp_path: Path) -> None:
     saved = read_adapter(tmp_path / "run" / "adapter" / "last")
     assert set(saved.extra_state) == {"model.classifier.weight", "model.classifier.bias"}
     assert all("attention" in key or "dense" in key for key in saved.state)
+
+
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["quickstart"])  # LightningCLI warns about pytest's own arguments
+    monkeypatch.chdir(tmp_path)
+    folder = tiny_bert(tmp_path / "llama")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **size)).save_pretrained(folder)
+    names = {f"{n}_token": f"[{n.upper()}]" for n in ("pad", "unk")} | {"eos_token": "[SEP]"}
+    PreTrainedTokenizerFast.from_pretrained(folder, **names).save_pretrained(folder)
+    rows = [[f"call {'now ' * (n % 5)}{n}", "spam" if n % 3 == 0 else "ham"] for n in range(120)]
+    with (tmp_path / "sms.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], *rows])
+    shown = quickstart.main(folder, tmp_path / "sms.csv", "--trainer.max_steps=2", "--data.test_fraction=0.2")
+    assert 0 <= shown["accuracy"] <= 1
+    assert shown["bytes"] == Path("runs/quickstart/adapter/last/adapter.safetensors").stat().st_size
+    assert "lightning-peft generate runs/quickstart/adapter/last" in capsys.readouterr().out
