@@ -85,7 +85,7 @@ class HFLoop:
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
-            target_modules=["q_proj", "v_proj"],
+            target_modules=sorted({layer.rpartition(".")[2] for layer in (name.rpartition(".")[0] for name in start)}),
             task_type="CAUSAL_LM",
         )
         self.model: Any = get_peft_model(plain, config)
