@@ -369,9 +369,8 @@ class PEFTLightningModule(pl.LightningModule):
 
     def _metrics(self, name: str, **make: Any) -> MetricCollection:
         if name not in self.metrics:
-            with torch.inference_mode(
-                False
-            ):  # `validate` runs in inference mode, `fit` validates without; sums must live in both
+            # `validate` runs in inference mode, `fit` validates without; sums must live in both
+            with torch.inference_mode(False):
                 self.metrics[name] = collection(**{key: new() for key, new in make.items()}).to(self.device)
         found = self.metrics[name]
         assert isinstance(found, MetricCollection)
