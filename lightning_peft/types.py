@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -48,6 +50,14 @@ def thaw(value: Any) -> Any:
     return value
 
 
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def strip_wrappers(key: str) -> str:
+    """Return a path or state-dict key without the parts that FSDP1, activation checkpointing and torch.compile put in."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 def stable_seed(*parts: object) -> int:
     """Return a 63-bit seed that depends on nothing but ``parts``: equal on every rank, process and Python version."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
@@ -60,3 +70,8 @@ def resolve_adapter_dtype(choice: AdapterDtype, base: torch.dtype) -> torch.dtyp
         dtype: torch.dtype = getattr(torch, choice)
         return dtype
     return torch.float64 if base == torch.float64 else torch.float32
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor holds numbers: it is neither on the meta device nor one of those that the cost model runs on."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +71,21 @@ class BaseLayer(Protocol):
     def weight(self) -> Tensor:
         """Return the canonical base weight ``(*batch, out, in)``, detached."""
 
-    def project(self, x: Tensor, A: Tensor) -> Tensor:
-        """Read ``x`` as the layer reads it (look-up, kernel, stride, groups) with the weight A ``(r, in)``."""
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float = 1.0, dropout: float = 0.0, gain: Tensor | None = None
+    ) -> Tensor:
+        """Return ``g ⊙ (W x + c B A drop(x)) + b``, the layer and a low-rank branch beside it, by the leanest way there is.
 
-    def mix(self, z: Tensor, M: Tensor, groups: int = 1) -> Tensor:
-        """Map the channels of a tensor in the layer's output layout with M ``(c_out, c_in / groups)``."""
+        Args:
+            x: Input of the layer.
+            A: ``(r, in)``, which reads ``x`` as the layer does (look-up, kernel, stride, groups).
+            B: ``(out, r / groups)``, which maps the r channels of that to the layer's channels.
+            scaling: c.
+            dropout: Probability of dropping an entry of the branch's input; the caller passes 0 in evaluation. Token ids have
+                nothing that could be dropped.
+            gain: g ``(out,)``, None for 1. Together with dropout the result is ``W x + (g - 1) ⊙ W drop(x) + g ⊙ c B A drop(x) + b``
+                (DoRA, arXiv 2402.09353, as its authors' code has it).
+        """
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,8 @@ class BuildContext:
         device: Device of the adapter's parameters.
         seed: Seed of this adapter's initialisation, equal on every rank.
         shared: Modules shared by several edits of the plan, by name.
+        residual: Returns factors L (out, r), R (r, in) of what the storage of the weight has lost, W ≈ weight() + L R, in fp32; None
+            where none were kept.
     """
 
     path: str
@@ -99,6 +111,7 @@ class BuildContext:
     device: torch.device
     seed: int
     shared: Mapping[str, nn.Module] = field(default_factory=dict)
+    residual: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
 
     def empty(self, *shape: int) -> nn.Parameter:
         """Return an uninitialised parameter; :meth:`AdapterModule.reset_parameters` fills it."""
@@ -107,6 +120,9 @@ class BuildContext:
 
 class AdapterModule(nn.Module, ABC):
     """Base of all adapters. Parameters are raw ``nn.Parameter``s: precision plug-ins convert every ``nn.Linear`` they find."""
+
+    # The forward depends on the values of the base weight, so no other adapter may lie between the two.
+    reads_base_weight: ClassVar[bool] = False
 
     def __init__(self, context: BuildContext) -> None:
         super().__init__()
@@ -148,18 +164,22 @@ class DeltaModule(MergeableModule):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta().to(weight.dtype), bias
 
-    def unmerged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def unmerged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         return weight - self.delta().to(weight.dtype), bias
 
 
 def fill_normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
     """Fill with N(0, std²) from a CPU generator, whatever the device, so that all devices and ranks agree."""
+    if parameter.is_meta:
+        return  # no numbers to fill, and drawing them for a deep model takes seconds
     with torch.no_grad():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * std)
 
 
 def fill_kaiming(parameter: Tensor, fan_in: int, generator: torch.Generator) -> None:
     """Fill with U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of ``nn.Linear`` (kaiming with a = sqrt(5))."""
+    if parameter.is_meta:
+        return
     bound = fan_in**-0.5
     with torch.no_grad():
         parameter.copy_((torch.rand(parameter.shape, generator=generator, dtype=torch.float32) * 2 - 1) * bound)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_peft.nn.adapter import BaseLayer, BuildContext, DeltaModule, fill_normal
 
@@ -32,8 +31,8 @@ class AdaptiveRankAdapter(DeltaModule):
 
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        branch = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return base(x) + base.mix(base.project(branch, self.scaling * self.lora_E * self.lora_A), self.lora_B)
+        A = self.lora_E * self.lora_A
+        return base.low_rank(x, A, self.lora_B, scaling=self.scaling, dropout=self.dropout if self.training else 0.0)
 
     def delta(self) -> Tensor:
         return self.scaling * self.spec.compose(self.lora_B, self.lora_A * self.lora_E)

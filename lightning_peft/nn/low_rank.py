@@ -2,7 +2,7 @@
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3:
 ``h = W x + (alpha / r) B A x``. Rank-stabilised scaling ``alpha / sqrt(r)``: Kalajdzievski 2023, arXiv 2312.03732.
-PiSSA initialisation: Meng et al. 2024, arXiv 2404.02948, equations 2 to 4.
+PiSSA initialisation: Meng et al. 2024, arXiv 2404.02948, equations 2 to 4. LoftQ: Li et al. 2023, arXiv 2310.08659, algorithm 1.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_peft.nn.adapter import BaseLayer, BuildContext, DeltaModule, fill_kaiming, fill_normal
 
-LoRAInit = Literal["default", "gaussian", "pissa"]
+LoRAInit = Literal["default", "gaussian", "pissa", "loftq"]
 
 
 class LowRankAdapter(DeltaModule):
@@ -26,8 +25,10 @@ class LowRankAdapter(DeltaModule):
         rank: r.
         scaling: c, that is alpha / r or alpha / sqrt(r).
         dropout: Probability on the branch's input, in training.
-        init: ``default`` (A uniform, B zero), ``gaussian`` (A normal with standard deviation 1/r, B zero) or ``pissa``
-            (principal singular vectors of W). PiSSA keeps W: its initial product c·B0·A0 is subtracted in the branch.
+        init: ``default`` (A uniform, B zero), ``gaussian`` (A normal with standard deviation 1/r, B zero), ``pissa`` (principal
+            singular vectors of W) or ``loftq`` (c·BA is the best rank-r part of what the storage of W has lost). PiSSA keeps W: its
+            initial product c·B0·A0 is subtracted in the branch. LoftQ starts as ``default`` where nothing was kept of the loss, as
+            on a dense base, on which an adapter that was trained elsewhere is loaded.
     """
 
     initial_A: Tensor
@@ -42,6 +43,8 @@ class LowRankAdapter(DeltaModule):
         self.reset_parameters()
         if init == "pissa":
             self._start_from_principal_components(context.weight())
+        if init == "loftq" and (residual := context.residual()) is not None:
+            self._start_from_residual(*residual)
 
     def reset_parameters(self) -> None:
         generator = self.generator()
@@ -66,6 +69,12 @@ class LowRankAdapter(DeltaModule):
         self.register_buffer("initial_A", self.lora_A.detach().clone())
         self.register_buffer("initial_B", self.lora_B.detach().clone())
 
+    def _start_from_residual(self, L: Tensor, R: Tensor) -> None:
+        # The factors come with the singular values falling, so the first columns are the best of fewer. LoftQ knows no scaling.
+        with torch.no_grad():
+            self.lora_A.copy_(R[: self.rank])
+            self.lora_B.copy_(L[:, : self.rank] / self.scaling)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (A, B) with ΔW = c·BA; PiSSA appends its initial factors, which doubles the rank."""
         if self.init == "pissa":
@@ -74,10 +83,7 @@ class LowRankAdapter(DeltaModule):
 
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
         """(..., in) -> (..., out); the branch computes in the dtype of the activation."""
-        A, B = self.factors()
-        # The input of an embedding is token ids, of which nothing can be dropped.
-        branch = F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
-        return base(x) + base.mix(self.scaling * base.project(branch, A), B, self.spec.groups)
+        return base.low_rank(x, *self.factors(), scaling=self.scaling, dropout=self.dropout if self.training else 0.0)
 
     def delta(self) -> Tensor:
         A, B = self.factors()

@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_peft.nn.adapter import BaseLayer, BuildContext, DeltaModule
 
@@ -63,9 +62,7 @@ class VectorScaledAdapter(DeltaModule):
 
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        A, B = self.factors()
-        branch = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return base(x) + base.mix(base.project(branch, A), B)
+        return base.low_rank(x, *self.factors(), dropout=self.dropout if self.training else 0.0)
 
     def delta(self) -> Tensor:
         A, B = self.factors()

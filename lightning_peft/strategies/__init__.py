@@ -13,7 +13,10 @@ from lightning_peft.strategies.registry import list_methods as list_methods
 from lightning_peft.strategies.registry import register as register
 from lightning_peft.strategies.registry import resolve as resolve
 from lightning_peft.strategies.reparameterized import AdaLoRA as AdaLoRA
+from lightning_peft.strategies.reparameterized import DoRA as DoRA
 from lightning_peft.strategies.reparameterized import LoRA as LoRA
+from lightning_peft.strategies.reparameterized import QDoRA as QDoRA
+from lightning_peft.strategies.reparameterized import QLoRA as QLoRA
 from lightning_peft.strategies.reparameterized import VeRA as VeRA
 from lightning_peft.strategies.selective import BitFit as BitFit
 from lightning_peft.strategies.selective import TokenRows as TokenRows

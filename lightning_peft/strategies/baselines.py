@@ -9,6 +9,7 @@ from lightning_peft.strategies.registry import register
 from lightning_peft.strategies.strategy import ALL_KINDS, PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan, Train
+from lightning_peft.surgery.layers import DENSE, storage_of
 from lightning_peft.surgery.walk import base_parameters
 
 
@@ -20,6 +21,7 @@ from lightning_peft.surgery.walk import base_parameters
     lr=2e-5,
     weight_decay=0.01,
     mergeable=True,
+    storages=frozenset({DENSE}),
     may_rest=("*",),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,15 @@ class Full(PEFTStrategy):
             raise TargetError("Full trains everything; `targets` has no meaning. Use `head` or a selective method.")
 
     def plan(self, anatomy: Anatomy) -> Plan:
-        return Plan(tuple(Train(path, name) for path, name, p in base_parameters(anatomy.root) if p.dtype.is_floating_point))
+        root = anatomy.root
+        # Quantized weights are in the plan, for the error to say that they cannot train.
+        return Plan(
+            tuple(
+                Train(path, name)
+                for path, name, p in base_parameters(root)
+                if p.dtype.is_floating_point or storage_of(root.get_submodule(path)) != DENSE
+            )
+        )
 
 
 @register(

@@ -15,6 +15,22 @@ from lightning_peft.surgery.inject import apply_plan
 from lightning_peft.types import AdapterDtype
 
 
+def reinstall(
+    model: nn.Module,
+    strategy: PEFTStrategy,
+    name: str,
+    *,
+    adapter_dtype: AdapterDtype,
+    anatomy: Family | Mapping[str, Any] | None = None,
+) -> Handle:
+    """Install the adapters of ``strategy`` for tensors that were trained before: :func:`inject`, on any base that they fit.
+
+    A method may start from a quantized base only, but what it has trained also runs on the dense one, and the other way round.
+    """
+    described = anatomy_of(model, anatomy)
+    return apply_plan(model, strategy.plan(described), described, strategy, name=name, adapter_dtype=adapter_dtype)
+
+
 def inject(
     model: nn.Module,
     strategy: PEFTStrategy | str | Mapping[str, Any] | list[Any],
@@ -41,9 +57,11 @@ def inject(
     Raises:
         ConfigError: The strategy or its hyperparameters are wrong.
         TargetError: Targets match nothing, or nothing that can be adapted.
+        UnsupportedLayerError: A layer, or the way in which its weight is stored, is none for this method.
         PortError: The model lacks a port that the method needs.
         ConflictError: The name is taken, or edits contradict each other.
     """
     resolved = resolve(strategy)
     described = anatomy_of(model, anatomy)
+    resolved.check_base(described)
     return apply_plan(model, resolved.plan(described), described, resolved, name=name, adapter_dtype=adapter_dtype)

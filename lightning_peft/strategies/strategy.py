@@ -9,20 +9,24 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_args
 
-from lightning_peft.errors import ConfigError, FormatError, TargetError
+from lightning_peft.errors import ConfigError, FormatError, TargetError, UnsupportedLayerError
 from lightning_peft.nn.adapter import LayerKindName
+from lightning_peft.quantization.config import Scheme
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan
 from lightning_peft.surgery.handle import Handle, Slot
+from lightning_peft.surgery.layers import DENSE, Storage, storage_of
 from lightning_peft.surgery.sites import Site
 from lightning_peft.surgery.targets import Targets
 from lightning_peft.types import Family, FrozenDict, freeze, thaw
 
 TargetsLike: TypeAlias = Targets | str | list[str] | None
 ALL_KINDS: frozenset[LayerKindName] = frozenset({"linear", "embedding", "conv", "norm", "tensor"})
+QUANTIZED: frozenset[Storage] = frozenset(get_args(Scheme))
+ALL_STORAGES: frozenset[Storage] = QUANTIZED | {DENSE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,9 @@ class MethodInfo:
         adds_positions: It adds positions to the sequence or to the keys and values.
         ports: Ports of the anatomy that it needs.
         layer_kinds: Layer kinds that it can adapt; empty when it adapts no layer.
+        storages: How the weights of the base may be stored where it trains. Without quantized ones it trains the stored weights
+            themselves; without ``dense`` at least one of the layers that it adapts has to be quantized.
+        base_quantization: Scheme in which the method wants its base, for ``quantization="auto"``.
         default_roles: Roles that ``targets=None`` means; empty when the method takes no targets.
         may_rest: Names of tensors that may stay where they are in the first steps.
         example: Small hyperparameters with which the contract suite tests the method.
@@ -59,6 +66,8 @@ class MethodInfo:
     adds_positions: bool = False
     ports: tuple[str, ...] = ()
     layer_kinds: frozenset[LayerKindName] = frozenset()
+    storages: frozenset[Storage] = ALL_STORAGES
+    base_quantization: Scheme | None = None
     default_roles: tuple[str, ...] = ()
     may_rest: tuple[str, ...] = ()
     example: Mapping[str, Any] = dataclasses.field(default_factory=FrozenDict)
@@ -101,6 +110,29 @@ class PEFTStrategy(ABC):
     def identity_at_init(self) -> bool:
         """The output is the base's, bit for bit, before the first step; as :attr:`mergeable`."""
         return self.info.identity_at_init
+
+    @property
+    def base_quantization(self) -> Scheme | None:
+        """Scheme in which the base should be stored, None for no wish; as :attr:`mergeable`."""
+        return self.info.base_quantization
+
+    def check_base(self, anatomy: Anatomy) -> None:
+        """Check that a base is one from which the method can start. Not asked of a base on which a trained adapter is put.
+
+        Raises:
+            UnsupportedLayerError: The method is one for quantized bases, and the layers that it adapts are dense.
+        """
+        wanted = self.info.storages
+        if DENSE in wanted:
+            return
+        sites = self.sites(anatomy)
+        if not any(storage_of(site.module(anatomy.root)) in wanted for site in sites):
+            name, scheme = type(self).__name__, self.info.base_quantization or min(wanted)
+            raise UnsupportedLayerError(
+                f"{name}: none of the {len(sites)} layers that it adapts is quantized, such as '{sites[0].key}'. Quantize the base "
+                f"first: lp.quantize(model, '{scheme}'), or quantization='auto' of PEFTLightningModule and PEFTCallback. For a dense "
+                "base take the method without the Q."
+            )
 
     def schedule(self, handle: Handle) -> Schedule:
         """Return what the method does during training; nothing by default."""

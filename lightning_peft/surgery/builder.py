@@ -251,9 +251,9 @@ class AnatomyBuilder:
         """
         taken = {site.path for sites in self.roles.values() for site in sites if site.kind is not MODULE}
         bases = tuple(self.tree.hf_base(path) for path in roots)
+        outputs = {root: output_embeddings(self.tree[root]) for root in roots}
         for path, module in self.tree.modules.items():
-            inside = next((root for root in roots if is_within(path, root)), None)
-            output = None if inside is None else output_embeddings(self.tree[inside])
+            output = next((outputs[root] for root in roots if is_within(path, root)), None)
             if output is not None:
                 is_head = output is module
             else:

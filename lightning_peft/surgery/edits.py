@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.errors import UnsupportedLayerError
 from lightning_peft.nn.adapter import AdapterModule, BuildContext, MergeableModule
 from lightning_peft.surgery.anatomy import Port
-from lightning_peft.surgery.layers import parameter
+from lightning_peft.surgery.layers import DENSE, parameter, storage_of
 from lightning_peft.surgery.sites import Site
 from lightning_peft.surgery.stack import AttachEntry, CallAdapter, CallEntry, ReparametrizeEntry
 
@@ -70,8 +70,15 @@ class SiteEdit(Edit):
 
     def _build(self, surgery: Surgery) -> tuple[nn.Module, AdapterModule]:
         module = self.site.module(surgery.root)
-        weight = functools.partial(_loaded_weight, self.site, module)
-        return module, self.build(surgery.context(self.site.path, self.site.spec, weight, self.place, self.label))
+        context = surgery.context(
+            self.site.path,
+            self.site.spec,
+            functools.partial(_loaded_weight, self.site, module),
+            self.place,
+            self.label,
+            residual=functools.partial(self.site.residual, module),
+        )
+        return module, self.build(context)
 
 
 def _loaded_weight(site: Site, module: nn.Module) -> Tensor:
@@ -151,7 +158,13 @@ class Train(Edit):
         return self.path, f"={self.tensor}"
 
     def check(self, surgery: Surgery) -> None:
-        value = parameter(surgery.root.get_submodule(self.path), self.tensor)
+        module = surgery.root.get_submodule(self.path)
+        value, storage = parameter(module, self.tensor), storage_of(module)
+        if storage != DENSE and self.tensor == "weight":
+            raise UnsupportedLayerError(
+                f"'{self.path}.{self.tensor}' is stored as {storage}, whose codes cannot train. Take a method that leaves the stored "
+                "weights alone, such as lora, exclude the layer, or load the base model unquantized."
+            )
         if not isinstance(value, nn.Parameter) or not value.dtype.is_floating_point:
             raise UnsupportedLayerError(
                 f"'{self.path}.{self.tensor}' ({value.dtype}) cannot train: only floating-point parameters do. Exclude it, or load "

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.quantization.backend import backend_of
 from lightning_peft.surgery.layers import LinearKind, layer_kind
 from lightning_peft.surgery.stack import stack_of
 from lightning_peft.surgery.walk import base_modules
-from lightning_peft.types import stable_seed
+from lightning_peft.types import has_values, stable_seed
+from lightning_peft.types import strip_wrappers as strip_wrappers
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -33,13 +35,6 @@ FLOAT_TOLERANCE = 2.0**-7  # twice the rounding error of bfloat16, relative to t
 TINY = 2.0**-24  # float16 holds nothing smaller
 QUANTIZED_TOLERANCE = 0.25  # share of squared error: NF4 gives about 0.01, int8 1e-5, unrelated weights 1.0
 DENSE = ("float64", "float32", "bfloat16", "float16")
-
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-
-
-def strip_wrappers(key: str) -> str:
-    """Return a path or state-dict key without the parts that FSDP1, activation checkpointing and torch.compile put in."""
-    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def fingerprint(root: nn.Module) -> Fingerprint:
@@ -170,9 +165,13 @@ def _sample(name: str, module: nn.Module, attribute: str) -> dict[str, Any]:
 def _dense(module: nn.Module, attribute: str) -> tuple[str, Tensor | None]:
     """Return how a parameter is stored, and it as numbers, or None where this process has no numbers to read."""
     tensor: Tensor = getattr(module, attribute)
+    backend = backend_of(module) if attribute == "weight" else None
+    if backend is not None:
+        assert isinstance(module, nn.Linear)
+        return backend.config(module).scheme, backend.dequantize(module, torch.float32) if has_values(tensor) else None
     state = getattr(tensor, "quant_state", None)
     if state is not None:  # bitsandbytes' 4 bits
-        readable = not tensor.is_meta and getattr(state, "packing_format_for_cpu", False) is False
+        readable = has_values(tensor) and getattr(state, "packing_format_for_cpu", False) is False
         if not readable:  # repacked for the CPU: its own dequantization gives wrong numbers
             return str(state.quant_type), None
         from bitsandbytes.functional import dequantize_4bit
@@ -181,9 +180,9 @@ def _dense(module: nn.Module, attribute: str) -> tuple[str, Tensor | None]:
     stored = str(tensor.dtype).removeprefix("torch.")
     # bitsandbytes' int8: codes and a scale per row, which the first forward moves from the weight to the layer.
     scale = next((s for o in (tensor, getattr(module, "state", None)) if (s := getattr(o, "SCB", None)) is not None), None)
-    if tensor.dtype == torch.int8 and isinstance(scale, Tensor) and not tensor.is_meta:
+    if tensor.dtype == torch.int8 and isinstance(scale, Tensor) and has_values(tensor):
         return stored, tensor.detach() * (scale[:, None] / 127)
-    return stored, tensor.detach() if tensor.is_floating_point() and not tensor.is_meta else None
+    return stored, tensor.detach() if tensor.is_floating_point() and has_values(tensor) else None
 
 
 def _entries(tensor: Tensor, places: Tensor) -> list[float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import CompatibilityError, ConflictError, MergeError, did_you_mean
-from lightning_peft.surgery.merging import MergedWeights
+from lightning_peft.surgery.merging import IntoQuantized, MergedWeights, MergeReport
 from lightning_peft.surgery.stack import (
     RESERVED,
     AttachEntry,
@@ -191,7 +192,14 @@ class Handle:
 
     # ------------------------------------------------------------------ merge
 
-    def merge(self, *, exact: bool = False, untie: bool = False, add_bias: bool = False) -> None:
+    def merge(
+        self,
+        *,
+        exact: bool = False,
+        untie: bool = False,
+        add_bias: bool = False,
+        quantized: IntoQuantized | None = None,
+    ) -> MergeReport:
         """Write the adapter's effect into the base weights; the forward no longer runs it.
 
         Args:
@@ -199,17 +207,33 @@ class Handle:
                 computed back do so anyway.
             untie: Give a tied weight a copy of its own instead of refusing.
             add_bias: Give a layer without bias one where the method needs it.
+            quantized: What to do with quantized weights, which cannot hold the result exactly: ``requantize`` rounds it to the same
+                storage, ``dense`` leaves the layer an unquantized ``nn.Linear``. None refuses them. :meth:`unmerge` restores the
+                codes bit for bit.
+
+        Returns:
+            The rounding errors, weight by weight. Warns of weights in which the whole change was lost in the rounding.
 
         Raises:
             MergeError: The method cannot be merged; an adapter installed earlier on the same layer is not merged yet; a weight is
-                tied; a bias is missing; the result is not finite. Nothing is changed then.
+                tied; a bias is missing; a weight is quantized and ``quantized`` is None; the result is not finite. Nothing is changed
+                then.
+            ConfigError: ``quantized`` has an unknown value.
         """
         self._forbid_merged("merge()")
         self._forbid_disabled("merge()")
         self.verify()
-        self._merge = MergedWeights.write(self, exact=exact, untie=untie, add_bias=add_bias)
+        self._merge = MergedWeights.write(self, exact=exact, untie=untie, add_bias=add_bias, quantized=quantized)
         for entry in self.entries:
             entry.merged = True
+        report = self._merge.report
+        if report.swallowed:
+            warnings.warn(
+                f"adapter '{self.name}': the rounding of the storage swallowed the change of {len(report.swallowed)} of "
+                f"{len(report.layers)} weights, such as '{report.swallowed[0]}'. Keep the adapter unmerged, or store them more finely.",
+                stacklevel=2,
+            )
+        return report
 
     def unmerge(self) -> None:
         """Take the adapter's effect out of the base weights again.

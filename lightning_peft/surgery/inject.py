@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError, ConflictError, MergeError, TargetError
 from lightning_peft.nn.adapter import BuildContext, LayerSpec
+from lightning_peft.quantization.backend import prepare
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan, Train
 from lightning_peft.surgery.fingerprint import base_fingerprint
 from lightning_peft.surgery.handle import Handle, Slot
 from lightning_peft.surgery.layers import CONTAINERS, MODULE, parameter
+from lightning_peft.surgery.recompute import RecomputedForward
 from lightning_peft.surgery.stack import (
     RESERVED,
     AdaptedForward,
     AdapterStack,
+    AttachEntry,
     CallEntry,
     Entry,
     ReparametrizeEntry,
@@ -45,6 +48,11 @@ class Surgery:
         # Not drawn from the global generator, whose state stays untouched, but following the user's seed.
         self.seed = torch.initial_seed()
 
+    @functools.cached_property
+    def _has_fast_path(self) -> bool:
+        """Some module is torch's own transformer; asked once, since walking up from every layer is slow."""
+        return any(isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) for m in self.anatomy.tree.modules.values())
+
     @property
     def handles(self) -> dict[str, Handle]:
         """Handles already installed on the root."""
@@ -56,14 +64,20 @@ class Surgery:
         self.handle._restore.append(functools.partial(step, *args))
 
     def context(
-        self, path: str, spec: LayerSpec, weight: Callable[[], Tensor], place: tuple[str, ...], label: str = ""
+        self,
+        path: str,
+        spec: LayerSpec,
+        weight: Callable[[], Tensor],
+        place: tuple[str, ...],
+        label: str = "",
+        residual: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None,
     ) -> BuildContext:
         """Return what the adapter at ``path`` may know when it is built."""
         dtype = resolve_adapter_dtype(self.adapter_dtype, spec.dtype)
         seed = stable_seed(self.seed, self.name, *place)
         prefix = f"{label}-" if label else ""
         shared = {n.removeprefix(prefix): m for n, m in self.handle.shared.items() if n.startswith(prefix)}
-        return BuildContext(path, spec, weight, dtype, spec.device, seed, shared)
+        return BuildContext(path, spec, weight, dtype, spec.device, seed, shared, residual)
 
     def call_context(self, path: str, place: tuple[str, ...], label: str = "") -> BuildContext:
         """Return what an adapter of a whole call may know."""
@@ -93,6 +107,8 @@ class Surgery:
         return stack
 
     def _leave_fast_path(self, path: str, module: nn.Module, stack: AdapterStack) -> None:
+        if not self._has_fast_path:
+            return
         parents = [self.root.get_submodule(path[: m.start()]) for m in re.finditer(r"\.", path)]
         parents += [self.root] if path else []
         if any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
@@ -121,6 +137,13 @@ class Surgery:
                 raise ConflictError(
                     f"'{entry.path}' already has '{below[0].name}' around its forward; a reparametrized weight would act below it, "
                     "against the install order. Install this one first, or choose other targets."
+                )
+        if isinstance(entry, AttachEntry) and entry.reads_base_weight:
+            below = [e for e in stack._entries if isinstance(e, AttachEntry) and e.site.overlaps(entry.site)]
+            if below:
+                raise ConflictError(
+                    f"'{entry.site.key}' already has '{below[0].name}', and {type(entry.adapter).__name__} reads the weight of the base "
+                    "in its forward, where that one's effect is not. Install this one first, or choose other targets."
                 )
         owner = next((e for e in stack._entries if isinstance(e, CallEntry) and e.exclusive), None)
         if owner is not None and isinstance(entry, CallEntry) and entry.exclusive:
@@ -156,6 +179,12 @@ class Surgery:
         self.handle.slots.append(Slot(owner, attribute, key, trainable=True, claimed=True, label=label))
         self.handle._originals[key] = value.detach().clone()
 
+    def prepare_base(self) -> None:
+        """Make quantized layers safe to train and read while adapters are installed; the last handle out puts them back."""
+        stack = self.open("")
+        if not stack._handles:
+            stack._on_close.append(prepare(self.root))
+
     def register(self) -> None:
         """Enter the handle into the root's registry and freeze the base."""
         stack = self.open("")
@@ -183,9 +212,12 @@ def _close(module: nn.Module) -> None:
         return
     module._modules.pop(RESERVED, None)
     module.__dict__.pop(RESERVED, None)
-    del module.forward
-    if stack._inner is not None:
-        module.forward = stack._inner
+    if isinstance(outer := module.__dict__.get("forward"), RecomputedForward):  # gradient checkpointing, switched on later
+        outer.recompute.inner = stack._inner
+    else:
+        del module.forward
+        if stack._inner is not None:
+            module.forward = stack._inner
     for step in stack._on_close:
         step()
 
@@ -239,8 +271,9 @@ def apply_plan(
     handle = Handle(root, name, strategy)
     surgery = Surgery(root, anatomy, handle, adapter_dtype)
     _check(surgery, plan)
-    handle.base_fingerprint = base_fingerprint(root)
     try:
+        surgery.prepare_base()
+        handle.base_fingerprint = base_fingerprint(root)
         with torch.inference_mode(False):  # parameters made in inference mode could never train
             for shared, build in plan.shared.items():
                 surgery.add_shared(shared, build(surgery.call_context("", (SHARED, shared))))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,12 @@ from torch.nn.parameter import is_lazy
 
 from lightning_peft.errors import UnsupportedLayerError
 from lightning_peft.nn.adapter import LayerSpec
+from lightning_peft.nn.fused import Operand
+from lightning_peft.quantization.backend import backend_of
+from lightning_peft.quantization.config import Scheme
+
+Storage: TypeAlias = Literal["dense"] | Scheme
+DENSE: Literal["dense"] = "dense"
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,14 @@ class LayerKind(ABC):
 
     channel_dim: int = -1
 
+    def along_channels(self, values: Tensor) -> Tensor:
+        """Return ``values`` (out,) in a shape that broadcasts over the layer's output."""
+        return values.reshape(-1, *(1,) * (-1 - self.channel_dim))
+
+    def operand(self, module: nn.Module) -> Operand | None:
+        """Return the layer as ``x Wᵀ + b`` if that is all that its forward computes, else None."""
+        return None
+
     def mix(self, module: nn.Module, z: Tensor, M: Tensor, groups: int) -> Tensor:
         """Map channels of ``z`` with M ``(c_out, c_in / groups)``."""
         return F.linear(z, M.to(z.dtype))
@@ -104,17 +120,49 @@ def computes_more_than_a_lookup(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward
 
 
+def storage_of(module: nn.Module) -> Storage:
+    """Return how the weight of a layer is stored: ``dense``, or the scheme of a quantized one."""
+    backend = backend_of(module)
+    if backend is None:
+        return DENSE
+    assert isinstance(module, nn.Linear)
+    return backend.config(module).scheme
+
+
+def dense(module: nn.Module, name: str) -> Tensor:
+    """Return a tensor of a module as numbers, detached: the parameter itself, or what its codes stand for where it is quantized."""
+    backend = backend_of(module)
+    if backend is None or name != "weight":
+        return parameter(module, name).detach()
+    assert isinstance(module, nn.Linear)
+    return backend.dequantize(module)
+
+
 class LinearKind(LayerKind):
-    """nn.Linear: weight (out, in)."""
+    """nn.Linear, quantized ones included: weight (out, in)."""
 
     def spec(self, module: nn.Module, tensor: str) -> LayerSpec:
-        weight = parameter(module, tensor)
-        # A quantized weight is a string of bytes, whose own shape says nothing.
-        shape = weight.shape if weight.is_floating_point() else (module.out_features, module.in_features)
-        return _spec("linear", module, weight, *shape)
+        weight, backend = parameter(module, tensor), backend_of(module)
+        if backend is None:
+            return _spec("linear", module, weight, weight.shape[0], weight.shape[1])
+        assert isinstance(module, nn.Linear)
+        # The codes are a string of bytes, whose shape and dtype say nothing.
+        out, columns, dtype = module.out_features, module.in_features, backend.compute_dtype(module)
+        return _spec("linear", module, weight, out, columns, dtype=dtype)
 
     def project(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A.to(x.dtype))
+
+    def operand(self, module: nn.Module) -> Operand | None:
+        backend, weight = backend_of(module), parameter(module, "weight")
+        if not isinstance(module, nn.Linear):
+            return None
+        if backend is None:
+            plain = type(module).forward is nn.Linear.forward
+            return Operand(weight, None, module.bias, weight.dtype) if plain else None
+        if not backend.is_plain(module):
+            return None
+        return Operand(weight, functools.partial(backend.dequantize, module), module.bias, backend.compute_dtype(module))
 
 
 class Conv1DKind(LinearKind):
@@ -129,6 +177,10 @@ class Conv1DKind(LinearKind):
 
     def stored(self, weight: Tensor, like: Tensor) -> Tensor:
         return weight.T
+
+    def operand(self, module: nn.Module) -> Operand | None:
+        weight = parameter(module, "weight")
+        return Operand(weight.T, None, parameter(module, "bias"), weight.dtype)
 
 
 class EmbeddingKind(LayerKind):

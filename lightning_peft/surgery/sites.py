@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from lightning_peft.errors import UnsupportedLayerError
 from lightning_peft.nn.adapter import LayerSpec
-from lightning_peft.surgery.layers import MODULE, TENSOR, LayerKind, Rows, TensorKind, layer_kind, parameter
+from lightning_peft.nn.fused import Operand, low_rank_linear
+from lightning_peft.quantization.preparation import loftq_factors
+from lightning_peft.surgery.layers import MODULE, TENSOR, LayerKind, Rows, TensorKind, dense, layer_kind, parameter
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,25 @@ class Site:
         """``path`` or ``path[member]``, as shown to the user."""
         return f"{self.path}[{self.member}]" if self.member else self.path
 
+    def overlaps(self, other: Site) -> bool:
+        """Return whether another site of the same module has rows of this one's weight."""
+        return self.tensor == other.tensor and (self.rows is None or other.rows is None or self.rows == other.rows)
+
     def module(self, root: nn.Module) -> nn.Module:
         """Return the module at ``path``."""
         return root.get_submodule(self.path)
 
     def weight(self, module: nn.Module) -> Tensor:
         """Return the canonical weight ``(*batch, out, in)`` of this site, detached."""
-        full = self.kind.canonical(parameter(module, self.tensor).detach())
+        full = self.kind.canonical(dense(module, self.tensor))
         return full if self.rows is None else self.rows.take(full, -2)
+
+    def residual(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Return factors L (out, r), R (r, in) of what quantization has lost of this weight, W ≈ weight + L R; None without any."""
+        factors = loftq_factors(module)
+        if factors is None or self.rows is None:
+            return factors
+        return self.rows.take(factors[0], 0), factors[1]
 
     def bias_name(self, module: nn.Module) -> str | None:
         """Return the parameter name of the bias, or None."""
@@ -101,8 +117,8 @@ def make_site(
     spec = kind.spec(module, tensor)
     if kind is not MODULE and not spec.dtype.is_floating_point:
         raise UnsupportedLayerError(
-            f"'{path}' stores its weight as {spec.dtype}. This version adapts floating-point weights only; load the base "
-            "model unquantized, or exclude the layer."
+            f"'{path}' stores its weight as {spec.dtype}, and no quantization backend knows the layer ({type(module).__name__}). "
+            "Quantize with lp.quantize or bitsandbytes, load the base model unquantized, or exclude the layer."
         )
     if rows is not None:
         spec = replace(spec, out_features=rows.count(spec.out_features))
@@ -153,6 +169,7 @@ class LayerCall:
         self._full: Tensor | None = None
         self._full_input: Tensor | None = None
         self._tail: tuple[Any, ...] | None = None
+        self._weight: Tensor | None = None  # once per call: a quantized weight is unpacked for it
 
     def __call__(self, x: Tensor, /) -> Tensor:
         args, kwargs = self._arguments(x)
@@ -170,13 +187,40 @@ class LayerCall:
         return self.site.rows.take(out, self.site.kind.channel_dim)
 
     def weight(self) -> Tensor:
-        return self.site.weight(self.module)
+        if self._weight is None:
+            self._weight = self.site.weight(self.module)
+        return self._weight
 
-    def project(self, x: Tensor, A: Tensor) -> Tensor:
-        return self.site.kind.project(self.module, x, A)
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float = 1.0, dropout: float = 0.0, gain: Tensor | None = None
+    ) -> Tensor:
+        dropout = dropout if x.is_floating_point() else 0.0
+        operand = self._operand()
+        if operand is not None and operand.fits(x) and not (dropout and gain is not None):
+            return low_rank_linear(x, operand, A, B, scaling=scaling, dropout=dropout, gain=gain, unpacked=self._weight)
+        kind = self.site.kind
+        read = F.dropout(x, dropout) if dropout else x
+        branch = kind.mix(self.module, scaling * kind.project(self.module, read, A), B, self.spec.groups)
+        if gain is None:
+            return self(x) + branch
+        of_read = self(read)
+        y = of_read if read is x else self(x)
+        g, b = kind.along_channels(gain).to(y.dtype), self._bias(y.dtype)
+        return g * (y - b + branch) + b if read is x else y + (g - 1) * (of_read - b) + g * branch
 
-    def mix(self, z: Tensor, M: Tensor, groups: int = 1) -> Tensor:
-        return self.site.kind.mix(self.module, z, M, groups)
+    def _operand(self) -> Operand | None:
+        """Return the layer as an operand of a fused product, if nothing but its own forward would run."""
+        inner = self._inner
+        alone = isinstance(inner, functools.partial) and inner.func is type(self.module).forward
+        return self.site.kind.operand(self.module) if alone and self.site.rows is None else None
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | float:
+        """Return the bias as it lies along the channels of the output, 0 without one."""
+        name = self.site.bias_name(self.module)
+        if name is None:
+            return 0.0
+        full = parameter(self.module, name)
+        return self.site.kind.along_channels(full if self.site.rows is None else self.site.rows.take(full, -1)).to(dtype)
 
     def finish(self, x: Tensor, y: Tensor) -> Any:
         """Return the layer's whole output: the adapted part put back among the rows and tuple entries left alone."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import AdapterBypassedError, ConflictError
-from lightning_peft.nn.adapter import MergeableModule
+from lightning_peft.nn.adapter import AdapterModule, MergeableModule
 from lightning_peft.surgery.layers import parameter
 from lightning_peft.surgery.sites import LayerCall, Site, split_input
 
@@ -81,6 +81,11 @@ class AttachEntry(Entry):
     """An adapter that joins the forward of the module: it calls the layer itself."""
 
     site: Site
+
+    @property
+    def reads_base_weight(self) -> bool:
+        """The adapter's forward depends on the values of the base weight."""
+        return isinstance(self.adapter, AdapterModule) and self.adapter.reads_base_weight
 
     def run(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
         """Call the adapter around ``inner``."""

@@ -176,6 +176,18 @@ class Matcher:
             raise self._no_match(pattern)
         return frozenset(below for path in paths for below, _ in self.anatomy.tree.below(path))
 
+    def modules(self, pattern: str) -> tuple[str, ...]:
+        """Return the paths of the modules that a role or a pattern names, whatever they are.
+
+        Raises:
+            TargetError: There are none.
+        """
+        roles = self.anatomy.role_names(pattern)
+        paths = [site.path for role in roles for site in self.anatomy.roles[role]] or self._matches(pattern)
+        if not paths:
+            raise self._no_match(pattern)
+        return tuple(dict.fromkeys(paths))
+
     def is_role(self, site: Site, pattern: str) -> bool:
         """Return whether a site belongs to the role, role prefix or unscoped role ``pattern``."""
         return any(site in self.anatomy.roles[role] for role in self.anatomy.role_names(pattern))
@@ -209,14 +221,15 @@ class Matcher:
             if isinstance(layer_kind(module), LinearKind)
             and path not in heads
             and anatomy.bypassed(path) is None
-            and not self._is_router(path)
+            and not self.is_router(path)
             and "experts" not in path.split(".")[:-1]
         )
         if not found:
             raise TargetError(f'"{ALL_LINEAR}": {type(anatomy.root).__name__} has no linear layer beside its head.')
         return self._allowed(ALL_LINEAR, found, kinds, outright=False)
 
-    def _is_router(self, path: str) -> bool:
+    def is_router(self, path: str) -> bool:
+        """Return whether the module at ``path`` chooses among experts."""
         owner, _, name = path.rpartition(".")
         has_experts = join(owner, "experts") in self.anatomy.tree
         return name == "router" or (has_experts and ("gate" in name.split("_") or "router" in name))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, optim
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.quantization.config import Scheme
 from lightning_peft.strategies.registry import register, resolve
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.strategies.strategy import PEFTStrategy
@@ -67,6 +68,14 @@ class Compose(PEFTStrategy):
             edits += [edit.labelled(str(index)) for edit in plan.edits]
             shared |= {f"{index}-{name}": build for name, build in plan.shared.items()}
         return Plan(tuple(edits), shared)
+
+    @property
+    def base_quantization(self) -> Scheme | None:
+        return next((part.base_quantization for part in self.strategies if part.base_quantization is not None), None)
+
+    def check_base(self, anatomy: Anatomy) -> None:
+        for part in self.strategies:
+            part.check_base(anatomy)
 
     def schedule(self, handle: Handle) -> Schedule:
         schedules = [part.schedule(handle.part(str(i))) for i, part in enumerate(self.strategies)]
