@@ -17,6 +17,7 @@ from lightning_peft.quantization.config import ComputeDtype, Quantization, Schem
 from lightning_peft.quantization.reference import TorchLinear, store
 from lightning_peft.quantization.stored import check_scales, check_state, check_weight, frozen
 
+_DENSE = "dense"
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -72,7 +73,9 @@ class BitsAndBytes(QuantBackend):
 
     def dense_dtype(self, module: nn.Linear) -> torch.dtype:
         if not layers.is_8bit(module):
-            return cast(torch.dtype, layers.quant_state(module).dtype)
+            state = layers.quant_state(module, repacked=True)
+            packed = getattr(state, "packing_format_for_cpu", False)
+            return cast(torch.dtype, getattr(state, "original_dtype", state.dtype) if packed else state.dtype)
         known: torch.dtype | None = getattr(module, "dense_dtype", None)
         # Of a layer that somebody else made, only the bias remembers.
         return known or (torch.float32 if module.bias is None else module.bias.dtype)
@@ -103,7 +106,9 @@ class BitsAndBytes(QuantBackend):
         return functools.partial(_quantize_again, module, cls, parameter, held)
 
     def state(self, module: nn.Linear) -> dict[str, Tensor]:
-        return layers.coded(module)
+        """Return the state dict's tensors; of int8, which they do not tell, also ``dense``, empty and of :meth:`dense_dtype`."""
+        coded = layers.coded(module)
+        return coded | {_DENSE: torch.empty(0, dtype=self.dense_dtype(module))} if layers.is_8bit(module) else coded
 
     def from_state(
         self, shape: tuple[int, int], state: Mapping[str, Tensor], bias: Tensor | None, config: Quantization
@@ -116,8 +121,8 @@ class BitsAndBytes(QuantBackend):
         if config.bits == 4:
             blob = f"weight.quant_state.bitsandbytes__{config.scheme}"
             wanted[blob] = ((state[blob].numel() if blob in state else 0,), torch.uint8)
-        check_state(state, wanted, optional=[layers.FORMAT] if config.bits == 8 else [])
-        layer = _empty(shape, bias, config, torch.float32)
+        check_state(state, wanted, optional=[layers.FORMAT, _DENSE] if config.bits == 8 else [])
+        layer = _empty(shape, bias, config, state[_DENSE].dtype if _DENSE in state else None)
         layers.recode(layer, state)
         if config.bits == 4:
             stored = layers.quant_state(layer)
@@ -164,7 +169,7 @@ def _forward_is_known(cls: type[nn.Linear]) -> bool:
     )
 
 
-def _empty(shape: tuple[int, int], bias: Tensor | None, config: Quantization, dense: torch.dtype) -> nn.Linear:
+def _empty(shape: tuple[int, int], bias: Tensor | None, config: Quantization, dense: torch.dtype | None) -> nn.Linear:
     """Return our layer for a configuration, with its bias and without a weight."""
     out, columns = shape
     if config.scheme == "int8":

@@ -86,11 +86,15 @@ def is_8bit(layer: nn.Module) -> bool:
     return "quant_state" not in vars(layer)
 
 
-def quant_state(layer: Any) -> Any:
+def quant_state(layer: Any, *, repacked: bool = False) -> Any:
     """Return the ``QuantState`` of a ``Linear4bit``.
 
+    Args:
+        layer: The layer.
+        repacked: Whether it may have been repacked, which rounds its scales.
+
     Raises:
-        UnsupportedLayerError: The weight is not quantized yet, or was repacked, which rounds its scales.
+        UnsupportedLayerError: The weight is not quantized yet, or was repacked.
     """
     state = getattr(layer.weight, "quant_state", None)
     state = layer.quant_state if state is None else state  # FSDP replaces the parameter, and the layer remembers
@@ -98,7 +102,9 @@ def quant_state(layer: Any) -> Any:
         raise UnsupportedLayerError(
             "This Linear4bit holds a weight that is not quantized yet: call .to(device) on it, or let lp.quantize quantize the model."
         )
-    if getattr(state, "packing_format_for_cpu", False):
+    # Its state_dict() packs back in place, with rounded scales, and drops the flag; the other mark stays.
+    was_repacked = getattr(state, "packing_format_for_cpu", False) or hasattr(state, "original_qshape")
+    if was_repacked and not repacked:
         raise UnsupportedLayerError(
             "bitsandbytes has repacked this Linear4bit for inference on the CPU, at a forward in evaluation, and has rounded its "
             "scales; the weight cannot be recovered exactly. Load the model again and quantize it with lp.quantize, or adapt it "
@@ -256,6 +262,11 @@ def multiply_int8(x: Tensor, bias: Tensor | None, weight: Tensor, scales: Tensor
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def _within(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype, or fp32 where bitsandbytes cannot compute in it."""
+    return dtype if dtype in DTYPES else torch.float32
+
+
 class Kept(CodedLinear):
     """What both layers have in common: moves and copies by the stored tensors alone."""
 
@@ -283,6 +294,11 @@ class Kept(CodedLinear):
 
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
         raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Linear4bit's own forgets the statistics once FSDP has replaced the parameter.
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        destination.update((prefix + name, tensor) for name, tensor in self.coded().items() if name != "weight")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **self._emptied(), "_parameters": {**self._parameters, "weight": None}, "_coded": self.coded()}
@@ -318,8 +334,7 @@ class Kept4bit(Kept):
                     there = moved(tensor, fn)
                     # The offset goes into state dicts as a number, which it would not be on meta.
                     setattr(holder, name, tensor if name == "offset" and there.is_meta else there)
-        dtype = converted(state.dtype, fn)
-        state.dtype = dtype if dtype in DTYPES else torch.float32
+        state.dtype = _within(converted(state.dtype, fn))
         hold_4bit(self, moved(self.weight.detach(), fn), state)
 
     def _emptied(self) -> dict[str, Any]:
@@ -356,7 +371,7 @@ class Kept8bit(Kept):
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
         hold_int8(self, moved(self.weight.detach(), fn), moved(row_scales(self), fn))
         if self.dense_dtype is not None:
-            self.dense_dtype = converted(self.dense_dtype, fn)
+            self.dense_dtype = _within(converted(self.dense_dtype, fn))
 
     def _emptied(self) -> dict[str, Any]:
         state = copy.copy(self.state)

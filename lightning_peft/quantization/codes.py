@@ -38,7 +38,8 @@ FP4 = tuple(sign * magnitude for sign in (1, -1) for magnitude in _FP4_MAGNITUDE
 
 SCALES_PER_SCALE = 256  # double quantization: scales that share a scale of their own
 _GRID = 65535
-_CHUNK = 1 << 22  # weights quantized at a time, so that a large matrix is never copied whole; a power of two, as block sizes are
+_CELLS = 1024
+_CHUNK = 1 << 20  # weights quantized at a time, so that a large matrix is never copied whole; a power of two, as block sizes are
 
 
 @functools.cache
@@ -49,11 +50,31 @@ def codebook(scheme: str, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _boundaries(scheme: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the midpoints between neighbouring values, ascending, and the code of each interval."""
+def _rounding(scheme: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`_nearest` needs: per cell the code below its boundary, the boundary (or inf), and the code above."""
     values = codebook(scheme, device)
     order = values.argsort(stable=True)
-    return _midpoints(values[order]), order.to(torch.uint8)
+    boundaries = _midpoints(values[order])
+    places = _cell(boundaries)  # no two boundaries share a cell
+    below = (places[:, None] < torch.arange(_CELLS + 1, device=device)).sum(0)
+    boundary = torch.full((_CELLS + 1,), torch.inf, device=device, dtype=torch.float32)
+    boundary[places] = boundaries
+    codes = order.to(torch.uint8)
+    return codes[below], boundary, codes[(below + 1).clamp(max=15)]
+
+
+def _cell(x: Tensor) -> Tensor:
+    return ((x + 1) * (_CELLS // 2)).int()
+
+
+def _nearest(x: Tensor, scheme: str) -> Tensor:
+    """Return the code of the value nearest to each number from -1 to 1, the lower one if two are.
+
+    A number's cell, which never decreases with it, leaves one boundary to compare it with, where torch.bucketize searches.
+    """
+    below, boundary, above = _rounding(scheme, x.device)
+    cell = _cell(x)
+    return torch.where(x > boundary.index_select(0, cell), above.index_select(0, cell), below.index_select(0, cell))
 
 
 @functools.cache
@@ -108,7 +129,6 @@ def quantize_4bit(weight: Tensor, scheme: str, block_size: int) -> tuple[Tensor,
     Returns:
         Codes uint8 (ceil(n / 2), 1), the first of two in the high four bits, and scales fp32 (ceil(n / block_size),).
     """
-    bounds, order = _boundaries(scheme, weight.device)
     packed, scales = [], []
     for chunk in weight.reshape(-1).split(max(_CHUNK, block_size)):
         flat = chunk.to(torch.float32, copy=True)
@@ -122,7 +142,7 @@ def quantize_4bit(weight: Tensor, scheme: str, block_size: int) -> tuple[Tensor,
         scale[whole:] = tiny[whole:]
         if flat.numel() % 2:
             flat = F.pad(flat, (0, 1))
-        codes = order[torch.bucketize(flat.clamp_(-1, 1), bounds, out_int32=True)]
+        codes = _nearest(flat.nan_to_num_(0.0).clamp_(-1, 1), scheme)  # NaN shows in the scale
         packed.append(codes[::2] << 4 | codes[1::2])
         scales.append(scale)
     return torch.cat(packed)[:, None], torch.cat(scales)

@@ -7,6 +7,7 @@ The structure is equal for one model on meta, sharded, in another precision, qua
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import math
 import re
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.errors import UnsupportedLayerError
 from lightning_peft.quantization.backend import backend_of
 from lightning_peft.surgery.layers import LinearKind, layer_kind
 from lightning_peft.surgery.stack import stack_of
@@ -168,7 +170,8 @@ def _dense(module: nn.Module, attribute: str) -> tuple[str, Tensor | None]:
     backend = backend_of(module) if attribute == "weight" else None
     if backend is not None:
         assert isinstance(module, nn.Linear)
-        return backend.config(module).scheme, backend.dequantize(module, torch.float32) if has_values(tensor) else None
+        with contextlib.suppress(UnsupportedLayerError):  # repacked or not quantized yet: looked at as a plain tensor below
+            return backend.config(module).scheme, backend.dequantize(module, torch.float32) if has_values(tensor) else None
     state = getattr(tensor, "quant_state", None)
     if state is not None:  # bitsandbytes' 4 bits
         readable = has_values(tensor) and getattr(state, "packing_format_for_cpu", False) is False

@@ -129,13 +129,20 @@ def storage_of(module: nn.Module) -> Storage:
     return backend.config(module).scheme
 
 
-def dense(module: nn.Module, name: str) -> Tensor:
-    """Return a tensor of a module as numbers, detached: the parameter itself, or what its codes stand for where it is quantized."""
-    backend = backend_of(module)
-    if backend is None or name != "weight":
-        return parameter(module, name).detach()
+def dense(module: nn.Module, name: str, least: torch.dtype | None = None) -> Tensor:
+    """Return a tensor of a module as numbers, detached: the parameter itself, or what its codes stand for where it is quantized.
+
+    Args:
+        module: The layer.
+        name: Dotted parameter name.
+        least: At least this precision; None takes that of the parameter, of a quantized layer that of its products.
+    """
+    backend = backend_of(module) if name == "weight" else None
+    if backend is None:
+        stored = parameter(module, name).detach()
+        return stored if least is None else stored.to(torch.promote_types(stored.dtype, least))
     assert isinstance(module, nn.Linear)
-    return backend.dequantize(module)
+    return backend.dequantize(module, None if least is None else torch.promote_types(backend.compute_dtype(module), least))
 
 
 class LinearKind(LayerKind):

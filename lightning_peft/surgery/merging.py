@@ -110,7 +110,7 @@ class MergedWeights:
                     stored = group.stored(name)
                     if stored is not None and id(stored) in written:
                         continue  # the same tensor under another name, for which the same value was computed
-                    before = None if stored is None else dense(group.module, name).to(value.dtype, copy=True)
+                    before = None if stored is None else dense(group.module, name, torch.float32).to(value.dtype, copy=True)
                     predicted = group.rounding(name, quantized)
                     apart = stored is not None and untie and _holders(handle.root, stored) > 1
                     merge.undo += group.write(name, value, quantized=quantized, apart=apart, keep=keep)
@@ -172,10 +172,10 @@ class _Group:
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of the tensor as numbers; a new bias takes that of the weight."""
         backend, stored = backend_of(self.module), self.stored(name)
-        if stored is None or (backend is not None and name == "weight"):
+        if backend is not None and (stored is None or name == "weight"):
             assert isinstance(self.module, nn.Linear)
-            return self.module.weight.dtype if backend is None else backend.compute_dtype(self.module)
-        return stored.dtype
+            return backend.dense_dtype(self.module)
+        return parameter(self.module, "weight" if stored is None else name).dtype
 
     def new_values(self) -> list[tuple[str, Tensor]]:
         """Return (name, value) of every parameter that the adapters change, in fp32 or better."""
@@ -190,8 +190,7 @@ class _Group:
 
         def current(name: str) -> Tensor:
             if name not in values:
-                full = dense(self.module, name)
-                return full.to(torch.promote_types(full.dtype, torch.float32))
+                return dense(self.module, name, torch.float32)
             return values[name]
 
         for entry in entries:
@@ -239,7 +238,8 @@ class _Group:
         if self.backend is not None and name == "weight" and quantized == "requantize":
             assert isinstance(self.module, nn.Linear)
             return self.backend.expected_error(self.backend.config(self.module))
-        return _ROUNDING * torch.finfo(self.dtype(name)).eps
+        dtype = self.dtype(name)  # in fp32 and float64 it is stored as it was computed
+        return _ROUNDING * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
 
     def write(
         self, name: str, value: Tensor, *, quantized: IntoQuantized | None, apart: bool, keep: bool
@@ -278,8 +278,8 @@ def _groups(entries: Iterable[Entry]) -> list[_Group]:
 
 
 def _measure(group: _Group, name: str, before: Tensor, wanted: Tensor, predicted: float) -> MergedLayer:
-    backend, now = backend_of(group.module), dense(group.module, name).to(wanted.dtype)
-    storage = str(now.dtype if backend is None else backend.config(group.module).scheme).removeprefix("torch.")  # type: ignore[arg-type]
+    backend, now = backend_of(group.module), dense(group.module, name, torch.float32).to(wanted.dtype)
+    storage = str(group.dtype(name) if backend is None else backend.config(group.module).scheme).removeprefix("torch.")  # type: ignore[arg-type]
     change = wanted - before
     size, squared = float(wanted.norm()) or 1.0, float(change.square().sum())
     kept = float(((now - before) * change).sum()) / squared if squared else 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lightning_peft as lp
-from tests.benchmarks import quickstart_vs_hf, tweets
+from tests.benchmarks import contenders, profile_step, quickstart_vs_hf, step_cost, tweets
 from tests.examples.test_scripts import tiny_bert
 from tests.training.data.conftest import SPECIALS, _byte_bpe
 
@@ -96,3 +97,81 @@ def test_tweets(tmp_path: Path) -> None:
     assert [scores[name][0].lr for name in tweets.CONTENDERS] == [1e-3, 2e-4, 2e-5]  # what the strategies suggest
     assert all(0 <= s.accuracy <= 1 and math.isfinite(s.f1) for each in scores.values() for s in each)
     assert len(tweets.table(scores).splitlines()) == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("name", [name for name, row in step_cost.ROWS.items() if not row.absolute])
+def test_contenders_of_a_row_compute_the_same_and_train(name: str, tiny_llama: Path) -> None:
+    row, shape = step_cost.ROWS[name], {"base": str(tiny_llama), "batch": 2, "length": 8, "threads": torch.get_num_threads()}
+    losses = {}
+    for side in row.sides:
+        step = contenders.prepare(row.contender(side, shape))()
+        losses[side] = [step() for _ in range(4)]
+    first = losses["hf"][0]
+    assert losses["ours"][0] == pytest.approx(first, rel=1e-3 if row.options.get("dtype") else 1e-5)
+    assert losses["limit"][0] == pytest.approx(first, rel=0.02)  # of a quantized base: the loss of the dense one
+    assert len(set(losses["limit"])) == 1  # nothing trains
+    for side in set(row.sides) - {"limit"}:
+        assert len(set(losses[side])) == 4, side
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_injection_of_both_reaches_all_linear_layers_of_7b() -> None:
+    for side in step_cost.ROWS["injection"].sides:
+        assert contenders.prepare(contenders.Contender(side=side))()() == 224
+
+
+def test_limit_and_full_take_only_the_dtype_of_a_row() -> None:
+    row, shape = step_cost.ROWS["qlora"], {"base": "x"}
+    assert row.contender("limit", shape) == contenders.Contender(side="limit", base="x", dtype="bfloat16")
+    assert row.contender("ours", shape).quantized
+    row = step_cost.ROWS["loss"]
+    assert row.contender("ours", shape).chunked
+    assert row.contender("hf", shape) == step_cost.ROWS["lora-fp32"].contender("hf", shape)  # measured once
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_step_cost_writes_ratios_and_a_picture(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = step_cost.replace(step_cost.ROWS["lora-fp32"], sides=("limit", "ours"))  # a process takes seconds to import torch
+    monkeypatch.setitem(step_cost.ROWS, "lora-fp32", small)
+    monkeypatch.delitem(step_cost.ALLOCATORS, "live")
+    out = tmp_path / "cost"
+    step_cost.main(["--rows", "lora-fp32", "--steps", "2", "--tokens", "2x8", "--base", str(tiny_llama), "--out", str(out)])
+    saved = json.loads(out.with_suffix(".json").read_text())
+    row = saved["rows"]["lora-fp32"]
+    assert saved["tokens"] == [2, 8]
+    for figures in row["contenders"].values():
+        assert len(figures["wall"]) == len(figures["cpu"]) == 2
+        assert len(figures["value"]) == 2 + step_cost.WARM_UP
+        assert 0 < figures["memory"]["peak"] < figures["memory"]["imports"]
+        assert figures["memory"]["peak_rss"] > 0
+    middle, low, high = row["ratios"]["ours"]["wall"]
+    assert 0 < low <= high
+    assert middle > 0
+    assert row["ratios"]["limit"]["memory"] == 1
+    assert "at most 1.08" in capsys.readouterr().out
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_of_all_rows(tmp_path: Path) -> None:
+    bars = {"wall": [1.2, 1.1, 1.3], "cpu": [1.2, 1.1, 1.3], "memory": 1.4, "live": 1.1}
+    results = {name: {"ratios": {side: bars for side in row.sides}} for name, row in step_cost.ROWS.items()}
+    step_cost.draw(results, tmp_path / "all.png")
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_contender_that_fails_is_an_error_with_its_traceback() -> None:
+    with pytest.raises(step_cost.ContenderError, match="no-such-folder"):
+        step_cost.peak_memory(contenders.Contender(side="limit", base="/no-such-folder"))
+
+
+def test_profile_names_what_ours_computes_beside_the_limit(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = str(torch.get_num_threads())
+    profile_step.main(["lora-fp32", "--base", str(tiny_llama), "--tokens", "2x8", "--steps", "1", "--threads", threads])
+    printed = capsys.readouterr().out
+    optimizer = next(line.split() for line in printed.splitlines() if line.startswith("Optimizer.step#AdamW"))
+    assert float(optimizer[-6]) > float(optimizer[-5]) == 0
+    assert "ratio" in printed.splitlines()[-1]

@@ -22,7 +22,7 @@ def test_save_and_load_give_the_same_output(case: Case, tmp_path: Path) -> None:
     (file,) = (tmp_path / "adapter").glob("*.safetensors")
     stored = safetensors.torch.load_file(file)
     assert set(stored) == {slot.key for slot in handle.slots}, "owned tensors and nothing else"
-    fresh = case.backbone.fresh()
+    fresh = case.fresh()
     torch.manual_seed(99)  # another start than that of the saved adapter
     loaded = lp.load_adapter(fresh, tmp_path / "adapter", name="loaded")
     assert loaded.strategy == handle.strategy

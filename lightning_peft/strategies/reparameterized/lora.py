@@ -107,7 +107,11 @@ class LoRA(PEFTStrategy):
             )
         kept = factors[0].shape[-1]
         if rank > kept or (recipe is not None and rank != kept):
-            rule = "which takes exactly this rank after more than one iteration" if recipe is not None else "which is the most there is"
+            rule = (
+                "which takes exactly this rank after more than one iteration"
+                if recipe is not None
+                else "which is the most there is"
+            )
             raise ConfigError(
                 f"{name}: rank={rank} at '{site.key}', but its base was prepared by LoftQ with rank {kept}, {rule}. Give both the same."
             )
