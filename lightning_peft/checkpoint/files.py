@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_peft.checkpoint.manifest import Manifest, manifest_of
+from lightning_peft.files import staged
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.handle import Handle
 
@@ -85,28 +84,15 @@ def save_adapter(
 
 def write_adapter(adapter: AdapterFile, directory: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None) -> Path:
     """Write an adapter that is not (or no longer) on a model, such as one read from a checkpoint; see :func:`save_adapter`."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
+    with staged(directory, last=(TENSORS, MANIFEST)) as staging:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
         _write_tensors(adapter, staging / TENSORS)
         file = {"sha256": sha256(staging / TENSORS)}
         text = json.dumps({**adapter.manifest, "file": file}, indent=1, ensure_ascii=False)
+        # It moves last: until it lies there, it names the checksum of the tensor file before.
         (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        written = [path for path in staging.rglob("*") if path.is_file()]
-        for path in written:
-            _sync(path)
-        # The manifest comes last: until it lies there, it names the checksum of the tensor file before.
-        for path in sorted(written, key=lambda p: (p.name == MANIFEST, p.name == TENSORS)):
-            target = folder / path.relative_to(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-        _sync(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return folder
+    return Path(directory)
 
 
 def sha256(path: Path) -> str:
@@ -135,12 +121,3 @@ def _write_tensors(adapter: AdapterFile, path: Path) -> None:
         raise OSError(
             f"cannot write '{path.parent.parent / path.name}': {error}. The previous adapter there is as it was."
         ) from error
-
-
-def _sync(path: Path) -> None:
-    """Make a file or folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from lightning_peft.checkpoint.files import AdapterFile
 from lightning_peft.checkpoint.manifest import Manifest, check_base, require_base
 from lightning_peft.checkpoint.reading import adapter_of, load_checkpoint, manifests_of, read_adapter
 from lightning_peft.errors import CompatibilityError
-from lightning_peft.strategies.install import inject
+from lightning_peft.strategies.install import reinstall
 from lightning_peft.surgery.anatomy import Family
 from lightning_peft.surgery.fingerprint import base_fingerprint, compare_structures
 from lightning_peft.surgery.handle import Handle
@@ -53,7 +53,7 @@ def load_adapter(
     root, prefix = _find_root(model, manifest)
     require_base(root, manifest)
     replaced = _extra_targets(model, prefix, adapter)
-    handle = inject(root, adapter.strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)
+    handle = reinstall(root, adapter.strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)
     handle.usage = dict(manifest.get("usage", {}))
     try:
         empty = [key for key, tensor in handle.state_dict().items() if tensor.is_meta]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.checkpoint.keys import live_keys
 from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError, FormatError, UnknownMethodError, did_you_mean
+from lightning_peft.quantization.preparation import preparation_of
 from lightning_peft.strategies.registry import get_method, resolve
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.fingerprint import UNCHECKED, base_fingerprint, compare_fingerprints, fingerprint
@@ -39,7 +40,7 @@ _FIELDS: dict[str, type] = {
 }
 _OPTIONAL: dict[str, type] = {"file": dict, "usage": dict}
 _NESTED: dict[str, dict[str, tuple[type, ...]]] = {
-    "base": {"structure": (dict,), "values": (dict, type(None))},
+    "base": {"structure": (dict,), "values": (dict, type(None)), "preparation": (dict,)},
     "file": {"sha256": (str,)},
 }
 _ADAPTER_DTYPES = set(get_args(AdapterDtype))
@@ -63,7 +64,8 @@ def manifest_of(
 
     Returns:
         Plain values: ``format``, ``package_version``, ``name``, ``methods`` (name -> version, the parts of a composition too),
-        ``strategy``, ``base`` (see :func:`~lightning_peft.surgery.fingerprint.fingerprint`), ``root``, ``adapter_dtype``, and
+        ``strategy``, ``base`` (see :func:`~lightning_peft.surgery.fingerprint.fingerprint`; with ``preparation`` if the base was
+        prepared, see :func:`~lightning_peft.quantization.preparation.preparation_of`), ``root``, ``adapter_dtype``, and
         ``tensors`` and ``extra`` (key -> shape, dtype, crc32).
 
     Raises:
@@ -133,7 +135,14 @@ def check_base(model: Handle | nn.Module, manifest: Mapping[str, Any]) -> str | 
         CompatibilityError: Another structure, or other weights of the same structure.
     """
     carried = set(manifest["tensors"]) | {_relative(key, manifest["root"]) for key in manifest["extra"]}
-    reason = compare_fingerprints(manifest["base"], _base_of(model), carried=carried)
+    known = _base_of(model)
+    trained, found = (base.get("preparation", {}) for base in (manifest["base"], known))
+    if trained != found:
+        raise CompatibilityError(
+            f"adapter '{manifest['name']}' was trained on a base with {_prepared(trained)}, and this one has {_prepared(found)}. Prepare "
+            "the base the same way (lp.quantize with the same loftq), or train an adapter for this one."
+        )
+    reason = compare_fingerprints(manifest["base"], known, carried=carried)
     if reason in (None, UNCHECKED):
         return reason
     raise CompatibilityError(
@@ -183,14 +192,18 @@ def package_version() -> str:
 
 
 def _base_of(model: Handle | nn.Module) -> dict[str, Any]:
-    """Return the fingerprint of the base before training."""
-    if not isinstance(model, Handle):
-        return base_fingerprint(model)
-    known = model.base_fingerprint
-    if known is None or known["values"] is None:
+    """Return the fingerprint of the base before training, and how it was prepared if it was."""
+    root = model.root if isinstance(model, Handle) else model
+    known = model.base_fingerprint if isinstance(model, Handle) else base_fingerprint(root)
+    if known is None or (isinstance(model, Handle) and known["values"] is None):
         # Taken on meta; the weights are there by now, or not. What the adapter itself has moved since, its file carries.
-        return fingerprint(model.root)
-    return known
+        known = fingerprint(root)
+    preparation = preparation_of(root)
+    return {**known, "preparation": preparation} if preparation else known
+
+
+def _prepared(preparation: Mapping[str, Any]) -> str:
+    return f"the preparation {dict(preparation)}" if preparation else "no preparation"
 
 
 def _relative(key: str, root: str) -> str:
@@ -231,7 +244,8 @@ def _check_record(record: Any, fields: Mapping[str, tuple[type, ...]], where: st
 def _check_contents(manifest: Mapping[str, Any], where: str) -> None:
     for field, shape in _NESTED.items():
         if field in manifest:
-            _check_record(manifest[field], shape, f"{where}: {field}")
+            missing: dict[str, Any] = {"preparation": {}} if field == "base" else {}  # not prepared, as in all files before 0.2
+            _check_record(missing | manifest[field], shape, f"{where}: {field}")
     _check_record(manifest["base"]["structure"], {"hash": (str,), "tensors": (dict,)}, f"{where}: base.structure")
     for key, record in (manifest["base"]["values"] or {}).items():
         _check_record(record, {"stored": (str,), "entries": (list,)}, f"{where}: base value {key!r}")

@@ -1,6 +1,7 @@
 """Load a base model and its tokenizer: by hub name, from a local folder, or from a GGUF file.
 
-The model comes back plain: dense weights, no quantizer attached, in training mode. transformers is imported inside functions.
+The model comes back in training mode: plain, with dense weights and no quantizer attached; quantized while its weights are read, where
+that is asked; or quantized as the checkpoint is. transformers is imported inside functions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from lightning_peft.errors import CompatibilityError, ConfigError, DependencyError, did_you_mean
+from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError, DependencyError, PEFTError, did_you_mean
+from lightning_peft.loading.quantize import Quantizable, QuantizeOptions, quantize
+from lightning_peft.loading.saved import METHOD, is_saved
+from lightning_peft.quantization.backend import backend_for
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -41,6 +45,7 @@ class BaseSource:
         attn_implementation: ``sdpa``, ``eager``, ...; None leaves the choice to transformers.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run Python code that comes with the model. Off unless you say so.
+        quantization: Store the linear layers in few bits, each as soon as it is read; None leaves the checkpoint as it is.
 
     Raises:
         ConfigError: Unknown dtype.
@@ -51,8 +56,11 @@ class BaseSource:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    quantization: Quantizable | None = None
 
     def __post_init__(self) -> None:
+        if self.quantization is not None:
+            object.__setattr__(self, "quantization", QuantizeOptions.parse(self.quantization))
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.{did_you_mean(str(self.dtype), DTYPES)}")
 
@@ -129,15 +137,23 @@ def load_model(source: BaseSource, task: str, labels: Sequence[str] | None = Non
     kwargs["dtype"] = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     if source.attn_implementation is not None:
         kwargs["attn_implementation"] = source.attn_implementation
-    if source.gguf is not None:
-        # The weights unpacked into a plain model; otherwise they may stay in GGUF's blocks.
-        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    asked = None if source.quantization is None else QuantizeOptions.parse(source.quantization)
+    config = _quantization_config(source, where, asked)
+    if config is not None:
+        kwargs["quantization_config"] = config
     if labels is not None:
         names = dict(enumerate(labels))
         kwargs |= {"id2label": names, "label2id": {name: i for i, name in names.items()}, "ignore_mismatched_sizes": True}
     try:
         model, info = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(where, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except PEFTError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        stream = getattr(config, "stream", None)
+        if stream is not None and stream.error is not None:
+            raise stream.error from error
+        if isinstance(error, RuntimeError):
+            raise
         raise ConfigError(f"cannot load base={source.name!r} for task {task}: {_first_line(error)}") from error
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     body = getattr(model, "base_model_prefix", "")
@@ -148,7 +164,54 @@ def load_model(source: BaseSource, task: str, labels: Sequence[str] | None = Non
         )
     _forget_quantizer(model)
     model.train()  # from_pretrained leaves eval mode, in which dropout and activation checkpointing are off
-    return LoadedBase(model, new_modules(model, mismatched | set(info["missing_keys"])))
+    new = new_modules(model, mismatched | set(info["missing_keys"]))
+    if asked is not None and source.gguf is not None:
+        quantize(model, asked.skipping(new))
+    return LoadedBase(model, new)
+
+
+def _quantization_config(source: BaseSource, where: str, asked: QuantizeOptions | None) -> Any:
+    """Return what ``from_pretrained`` has to know about quantized weights, None if nothing.
+
+    Raises:
+        ConflictError: The checkpoint is quantized already, and is to be quantized.
+    """
+    if asked is not None:
+        backend_for(asked.config)
+        if (stored := quantized_as(source)) is not None:
+            raise ConflictError(
+                f"base={source.name!r} is quantized already ({stored}). Leave quantization out to use it as it is, or name the dense "
+                "model."
+            )
+    if source.gguf is not None:
+        # The weights unpacked into a plain model; otherwise they may stay in GGUF's blocks.
+        return _transformers().GgufConfig(dequantize=True)
+    if asked is None and not is_saved(where):
+        return None
+    from lightning_peft.loading.streamed import quantization_config
+
+    config = quantization_config(asked)  # in any case makes transformers know the folders of save_quantized
+    return None if asked is None else config
+
+
+def quantized_as(source: BaseSource) -> str | None:
+    """Return the name of the method by which a checkpoint is quantized, None for a dense one; a GGUF file is unpacked, so it is dense.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    if source.gguf is not None:
+        return None
+    where, kwargs = source.arguments()
+    try:
+        config = _transformers().AutoConfig.from_pretrained(where, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot load base={source.name!r}: {_first_line(error)}") from error
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method", "?") if isinstance(stored, dict) else getattr(stored, "quant_method", "?")
+    return "save_quantized" if method == METHOD else str(getattr(method, "value", method))
 
 
 def new_modules(model: nn.Module, keys: set[str]) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.checkpoint import adapter_of, files, manifest_of, read_adapter, stamp, write_adapter
+from lightning_peft import files
+from lightning_peft.checkpoint import adapter_of, manifest_of, read_adapter, stamp, write_adapter
 from lightning_peft.errors import FormatError, MergeError
 from tests.checkpoint.toys import LORA, STRATEGIES, Net, Whole, adapted, assert_same, snapshot, x
 
@@ -243,8 +244,8 @@ def test_failing_tokenizer_leaves_the_previous_adapter(saved: tuple[Path, torch.
 
 def test_everything_is_synced_before_anything_moves(saved: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    sync, move = files._sync, os.replace
-    monkeypatch.setattr(files, "_sync", lambda p: (steps.append(f"sync {p.name}"), sync(p)))
+    sync, move = files.sync, os.replace
+    monkeypatch.setattr(files, "sync", lambda p: (steps.append(f"sync {p.name}"), sync(p)))
     monkeypatch.setattr(os, "replace", lambda a, b: (steps.append(f"move {Path(b).name}"), move(a, b)))
     lp.save_adapter(adapted(Net(), seed=2), saved[0])
     assert sorted(steps[:2]) == ["sync adapter.json", "sync adapter.safetensors"]

