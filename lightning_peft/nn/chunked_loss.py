@@ -28,9 +28,9 @@ IGNORE = -100
 
 CHUNK_ROWS = 256
 """Positions of one chunk. Each chunk reads the head's weight anew, forward and backward, so what counts is how many positions share
-one reading, whatever the width and the vocabulary. Measured with 576 x 49,152 in fp32 and bf16, 1,024 positions, two cores, time
-relative to the plain loss: 43 positions 1.3 to 1.5, 85 positions 1.0 to 1.15, 170 positions 0.9 to 1.0, 256 and 341 positions
-0.85 to 0.95. Two fp32 buffers of a chunk's size live at a time: 2 x 50 MB there, 2 x 131 MB with a vocabulary of 128,256."""
+one reading, whatever the width and the vocabulary. CPU time relative to the plain loss, with 576 x 49,152 in fp32 and bf16, 1,024
+positions, two cores: 43 positions 1.3 to 1.5, 85 positions 1.0 to 1.15, 170 positions 0.9 to 1.0, 256 positions 0.85 to 1.0, and 341
+no less. Two fp32 buffers of a chunk's size live at a time: 2 x 50 MB there, 2 x 131 MB with a vocabulary of 128,256."""
 
 CHUNK_LOGITS = 2**22
 """A chunk may always hold this many logits (16 MiB in fp32), so that few classes are scored in one go."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from lightning_peft.errors import ConflictError, TargetError, did_you_mean
+from lightning_peft.loading.quantize import QuantizeOptions
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.fingerprint import strip_wrappers
@@ -76,6 +77,16 @@ def _localized(strategy: PEFTStrategy, strip: Callable[[Any], Any]) -> PEFTStrat
         if value != getattr(strategy, field.name):
             changes[field.name] = value
     return dataclasses.replace(strategy, **changes) if changes else strategy
+
+
+def strip_root(options: QuantizeOptions, path: str, anatomy: Anatomy) -> QuantizeOptions:
+    """Return options with names of layers relative to the adapted root, as :func:`localized` does for a strategy."""
+    if not path or path.split(".")[0] in anatomy.root._modules:
+        return options
+    head, loftq = f"{path}.", options.loftq
+    if loftq is not None and loftq.targets is not None:
+        loftq = dataclasses.replace(loftq, targets=_strip(loftq.targets, head=head, anatomy=anatomy))
+    return dataclasses.replace(options, skip=_strip(options.skip, head=head, anatomy=anatomy), loftq=loftq)
 
 
 def _strip(value: Any, *, head: str, anatomy: Anatomy) -> Any:

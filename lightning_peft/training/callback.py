@@ -15,13 +15,15 @@ from torch.optim import Optimizer
 
 from lightning_peft.checkpoint import require_base
 from lightning_peft.errors import ConfigError, did_you_mean
+from lightning_peft.loading.quantize import QuantizeOptions
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.inject import NAME
+from lightning_peft.surgery.recompute import GradientCheckpointing
 from lightning_peft.surgery.stack import RESERVED, stack_of
-from lightning_peft.training import export, restoring, rng, table
+from lightning_peft.training import export, peak, restoring, rng, table
 from lightning_peft.training.adapted_root import other_keys, path_of
 from lightning_peft.training.installing import Installer
 from lightning_peft.training.namespace import is_a
@@ -61,9 +63,17 @@ class PEFTCallback(Installer):
         extra_modules: Paths of further modules that train whole and are saved with the adapter, such as a new task head.
         checkpoint: What a ``.ckpt`` holds: ``adapter`` or ``full`` (the base as well).
         init_from: An adapter folder or ``.ckpt`` from which a fresh run starts, with optimizer and steps at zero.
-        merge_on_end: Merge the adapter into the base at the end of ``fit``, after every checkpoint is written.
+        merge_on_end: Merge the adapter into the base at the end of ``fit``, after every checkpoint is written. On a quantized base it
+            says what becomes of the quantized weights: ``requantize`` or ``dense`` (see :meth:`Handle.merge`).
+        quantization: Store the base's linear layers in few bits before the adapter is installed: ``nf4``, ``fp4``, ``int8``, or a
+            mapping with the fields of :class:`Quantization`, ``skip`` and ``loftq``, as :func:`lightning_peft.quantize` takes them.
+            Extra modules stay dense. A base that is stored that way already is used as it is. ``auto`` does what the method is made
+            for: NF4 for QLoRA unless the base is quantized in another way, nothing for most methods.
         adapter_dtype: dtype of the adapter's parameters; ``auto`` is fp32 and stays so under ``precision="bf16-true"``.
         base_dropout: Keep the base's own dropout active in training.
+        gradient_checkpointing: Recompute the activations of blocks in the backward pass instead of keeping them, while ``fit`` runs:
+            ``True``, or the options ``every`` (every k-th block), ``offload`` (block inputs wait in CPU memory), ``reentrant`` and
+            ``blocks`` (paths or globs, where the model's blocks are not known).
         gradient_sentinel: What to do when a trainable tensor gets no gradient or does not move in the first two effective steps.
         export: Write the adapter folders after ``fit``; a path puts them there.
         anatomy: Roles of an architecture that the package does not know: a mapping, or the path of a YAML file.
@@ -88,9 +98,11 @@ class PEFTCallback(Installer):
         extra_modules: Sequence[str] = (),
         checkpoint: Holds = "adapter",
         init_from: str | os.PathLike[str] | None = None,
-        merge_on_end: bool = False,
+        merge_on_end: bool | Literal["requantize", "dense"] = False,
+        quantization: str | dict[str, Any] | None = "auto",
         adapter_dtype: AdapterDtype = "auto",
         base_dropout: bool = True,
+        gradient_checkpointing: bool | dict[str, Any] = False,
         gradient_sentinel: Reaction = "raise",
         export: bool | str = True,
         anatomy: dict[str, Any] | str | None = None,
@@ -107,8 +119,12 @@ class PEFTCallback(Installer):
         self.checkpoint = checkpoint
         self.init_from = None if init_from is None else os.fspath(init_from)
         self.merge_on_end = merge_on_end
+        self.follows_method = quantization == "auto"
+        wanted = self.strategy.base_quantization if self.follows_method else quantization
+        self.quantization = None if wanted is None else QuantizeOptions.parse(wanted)
         self.adapter_dtype = adapter_dtype
         self.base_dropout = base_dropout
+        self.gradient_checkpointing = GradientCheckpointing.parse(gradient_checkpointing)
         self.gradient_sentinel = gradient_sentinel
         self.export = export
         self.anatomy = anatomy
@@ -125,9 +141,16 @@ class PEFTCallback(Installer):
             if value not in allowed:
                 hint = did_you_mean(str(value), allowed)
                 raise ConfigError(f"PEFTCallback: {option}={value!r}, but it is one of {', '.join(allowed)}.{hint}")
+        if merge_on_end not in (False, True, "requantize", "dense"):
+            raise ConfigError(f"PEFTCallback: merge_on_end={merge_on_end!r} is none of false, true, 'requantize', 'dense'.")
+        if self.quantization is not None and checkpoint == "full":
+            raise ConfigError(
+                "PEFTCallback: checkpoint='full' with quantization: torch cannot load quantized weights from a .ckpt. Use "
+                "checkpoint='adapter', and keep the base itself with lp.save_quantized(base, folder)."
+            )
         if merge_on_end and not self.strategy.mergeable:
             raise ConfigError(
-                f"PEFTCallback: merge_on_end=True, but {type(self.strategy).__name__} cannot be merged into a weight."
+                f"PEFTCallback: merge_on_end={merge_on_end!r}, but {type(self.strategy).__name__} cannot be merged into a weight."
             )
 
     @property
@@ -155,6 +178,7 @@ class PEFTCallback(Installer):
             others = self._others(pl_module)
             counted = table.budget(handle, others, trainer.optimizers, full=self.checkpoint == "full")
             table.show(table.render(handle, path_of(pl_module, handle.root) or "", others, counted))
+            run.peak = peak.watch(pl_module)
 
     def _start_schedule(self, trainer: pl.Trainer, handle: Handle) -> None:
         run = self.run
@@ -193,6 +217,8 @@ class PEFTCallback(Installer):
         assert self.run.modes is not None
         self.run.modes.hold()
         self.run.resumed = None
+        if self.run.peak is not None:
+            self.run.peak.saw(batch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore random states again where Lightning has entered a finished epoch once more and made an iterator for nothing.
@@ -286,8 +312,11 @@ class PEFTCallback(Installer):
     # ------------------------------------------------------------------ end
 
     def on_fit_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        """Write the adapter folders."""
+        """Print the peak of memory, and write the adapter folders."""
         self.run.finished = True
+        if self.run.peak is not None:
+            loss: Any = "chunked" if is_a(pl_module, "PEFTLightningModule") else "full"
+            self.say(pl_module, self.run.peak.describe(self._handle(pl_module).root, trainer, loss))
         if self.export is False or trainer.fast_dev_run:
             return
         folder = export.folder_of(trainer, self.name, self.export)
@@ -309,7 +338,8 @@ class PEFTCallback(Installer):
         if self._run is None:
             return
         if self.merge_on_end and self._run.finished:
-            self._handle(pl_module).merge()
+            into: Any = self.merge_on_end if isinstance(self.merge_on_end, str) else None
+            self._handle(pl_module).merge(quantized=into)
             self.say(pl_module, f"adapter '{self.name}' is merged into the base.")
         self._close()
 

@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` from a YAML, and ``methods``, ``inspect``, ``merge``, ``generate``.
+"""The command line: ``fit``, ``validate``, ``test``, ``predict`` and ``estimate`` from a YAML; ``methods``, ``inspect``, ``merge``, ``generate``.
 
 The four Lightning commands are a LightningCLI over :class:`PEFTLightningModule` and :class:`PEFTDataModule`. A mistake in a config
 is one line on stderr and exit status 2, never a traceback.
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_peft.checkpoint import inspect_adapter
 from lightning_peft.errors import ConfigError, PEFTError, did_you_mean
 from lightning_peft.strategies.registry import list_methods, resolve
+from lightning_peft.training import estimating
 from lightning_peft.training.catalogue import method_card, methods_table
 from lightning_peft.training.data import PEFTDataModule
 from lightning_peft.training.module import PEFTLightningModule
@@ -94,6 +96,27 @@ class PEFTCLI(LightningCLI):
                 print(json.dumps(row, ensure_ascii=False))
 
 
+class ConfigOnly(PEFTCLI):
+    """The same reading of a config, without a Trainer: the devices that it names may be elsewhere.
+
+    Args:
+        arguments: ``--config FILE`` and overrides, as of ``fit``.
+
+    Raises:
+        ConfigError: A value is out of range, does not fit, or names what is not there.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        with warnings.catch_warnings():
+            # Lightning warns of arguments beside those of the process, which are the same ones here.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            super().__init__([*arguments, "--seed_everything=false"], run=False)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Make no Trainer."""
+        return None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``lightning-peft``."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -105,7 +128,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command in TRAINER_COMMANDS:
             PEFTCLI(argv)
         else:
-            options = parser.parse_args(args or ["--help"])
+            options, rest = parser.parse_known_args(args or ["--help"])
+            if rest and command != "estimate":
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            options.rest = rest
             print(_COMMANDS[options.command](options))
     except (PEFTError, FileNotFoundError) as error:
         if os.environ.get("LIGHTNING_PEFT_TRACEBACK"):
@@ -121,6 +147,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=f"{text} (--config FILE)", add_help=False)
+    bill = commands.add_parser("estimate", help="tell memory and work of a run before it runs (--config FILE, as of fit)")
+    bill.add_argument("--fit", metavar="MEMORY", help="find the largest batch that a device with this memory holds, such as 24GiB")
+    bill.add_argument("--vary", choices=("batch_size", "sequence_length"), default="batch_size", help="what --fit changes")
+    bill.add_argument("--compare", metavar="METHODS", help="other methods beside the config's, such as lora,bitfit,full")
+    bill.add_argument("--chart", metavar="FILE", help="write the comparison as a picture: .png, .svg, .pdf; needs matplotlib")
+    bill.add_argument("--labelled", type=_positive(float), default=1.0, help="share of the tokens that have a label; default: 1")
+    bill.add_argument("--json", action="store_true", help="print JSON instead of tables")
     methods = commands.add_parser("methods", help="list the methods, or show one")
     methods.add_argument("name", nargs="?", help="a method, such as lora")
     inspect = commands.add_parser("inspect", help="show what an adapter folder or a checkpoint holds")
@@ -179,4 +212,17 @@ def _generate(options: argparse.Namespace) -> str:
     return "\n".join(answers)
 
 
-_COMMANDS = {"methods": _methods, "inspect": _inspect, "merge": _merge, "generate": _generate}
+def _estimate(options: argparse.Namespace) -> str:
+    asked = {"labelled": options.labelled, "fit": options.fit, "vary": options.vary}
+    if options.compare is None and options.chart is None:
+        report = estimating.estimate_config(options.rest, **asked)
+        return json.dumps(report.to_dict()) if options.json else estimating.text(report.table())
+    names = [name.strip() for name in (options.compare or "").split(",") if name.strip()]
+    reports = estimating.compare_config(options.rest, names, **asked)
+    lines = [] if options.chart is None else [f"chart: {estimating.chart(reports, options.chart)}"]
+    if options.json:
+        return json.dumps([report.to_dict() for report in reports])
+    return "\n".join([estimating.text(reports[0].table()), estimating.text(estimating.comparison(reports)), *lines])
+
+
+_COMMANDS = {"estimate": _estimate, "methods": _methods, "inspect": _inspect, "merge": _merge, "generate": _generate}

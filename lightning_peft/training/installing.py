@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch import nn
 
 from lightning_peft.checkpoint import AdapterFile
 from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError
+from lightning_peft.loading.quantize import QuantizeOptions, quantization_report, require_same
 from lightning_peft.strategies.install import inject
 from lightning_peft.strategies.strategy import PEFTStrategy
-from lightning_peft.surgery.anatomy import anatomy_of
+from lightning_peft.surgery.anatomy import Anatomy, anatomy_of
 from lightning_peft.surgery.handle import Handle
+from lightning_peft.surgery.recompute import GradientCheckpointing, checkpoint_blocks, recomputed_blocks
 from lightning_peft.training import restoring
 from lightning_peft.training.adapted_root import find_extras, find_handle, find_root, localized, path_of, train_whole
 from lightning_peft.training.initial import read_initial, start_from
@@ -21,6 +23,7 @@ from lightning_peft.training.late import install_after_configure_model
 from lightning_peft.training.modes import BaseModes, has_statistics
 from lightning_peft.training.namespace import is_a, overrides
 from lightning_peft.training.optimizers import reach, split_groups
+from lightning_peft.training.quantizing import check_quantized, check_run, quantize_base, require_before
 from lightning_peft.training.run_state import Run
 from lightning_peft.training.trainer_hooks import TrainerHooks
 from lightning_peft.types import AdapterDtype
@@ -37,9 +40,12 @@ class Installer(pl.Callback):
     extra_modules: tuple[str, ...]
     checkpoint: str
     init_from: str | None
-    merge_on_end: bool
+    merge_on_end: bool | Literal["requantize", "dense"]
+    quantization: QuantizeOptions | None
+    follows_method: bool  # `quantization` is the method's wish, not the user's
     adapter_dtype: AdapterDtype
     base_dropout: bool
+    gradient_checkpointing: GradientCheckpointing | None
     anatomy: dict[str, Any] | str | None
     verbose: bool
     _id: str  # tells adapters that this callback installed from others
@@ -75,6 +81,10 @@ class Installer(pl.Callback):
         if handle is None:
             handle = self._inject(module)
         else:
+            check_quantized(handle.root, self.checkpoint)
+            asked = self._asked(handle.root)
+            if asked is not None:
+                require_before(handle, asked)
             path = path_of(module, handle.root)
             wanted = localized(self.strategy, path or "", anatomy_of(handle.root, self.anatomy))
             if handle.strategy != wanted:
@@ -101,8 +111,12 @@ class Installer(pl.Callback):
         anatomy = anatomy_of(root, self.anatomy)
         strategy = localized(self.strategy, path, anatomy)
         start = None if self.init_from is None else read_initial(self.init_from, self.name, strategy, root)
+        asked = self._asked(root)
+        self._quantize(asked, module, path, anatomy, strategy)
         handle = inject(root, strategy, self.name, adapter_dtype=self.adapter_dtype, anatomy=self.anatomy)  # type: ignore[arg-type]
         handle.installer = self._id
+        if asked is not None:
+            handle.usage["quantization"] = asked.to_dict()
         try:
             find_extras(module, root, self.extra_modules)  # once more: an extra module must not have adapters in it
             if start is not None:
@@ -113,6 +127,27 @@ class Installer(pl.Callback):
         if self._run is not None:
             self._run.fresh = handle
         return handle
+
+    def _asked(self, root: nn.Module) -> QuantizeOptions | None:
+        """Return how the base is to be stored; the method's own wish yields to a base that is quantized in another way."""
+        if self.quantization is None or not self.follows_method:
+            return self.quantization
+        try:
+            require_same(root, self.quantization)
+        except ConflictError:
+            return None
+        return self.quantization
+
+    def _quantize(
+        self, asked: QuantizeOptions | None, module: nn.Module, path: str, anatomy: Anatomy, strategy: PEFTStrategy
+    ) -> None:
+        if asked is not None and self.checkpoint != "full":
+            extras = find_extras(module, anatomy.root, self.extra_modules).values()
+            quantize_base(asked, path, anatomy, strategy, extras, self.anatomy)
+        check_quantized(anatomy.root, self.checkpoint)
+        report = quantization_report(anatomy.root)
+        if report is not None:
+            self.say(module, f"base: {report}")
 
     def _start_from(self, start: AdapterFile, module: nn.Module, handle: Handle) -> None:
         assert self.init_from is not None
@@ -178,7 +213,7 @@ class Installer(pl.Callback):
             )
         if self.merge_on_end:
             raise ConfigError(
-                "merge_on_end=True under a launcher with child processes: the parent would get a merged base and an active adapter. "
+                f"merge_on_end={self.merge_on_end!r} under a launcher with child processes: the parent would get a merged base and an active adapter. "
                 "Call handles(module)[name].merge() after fit instead."
             )
 
@@ -191,6 +226,8 @@ class Installer(pl.Callback):
             return
         run.undo.append(restoring.lenient(module, (self.name,)).remove)
         trainer: Any = module.trainer
+        if run.stage == "fit":
+            check_run(handle, trainer, self.merge_on_end)
         if trainer.strategy.restore_checkpoint_after_setup:
             strict: Any = module._strict_loading
             module._strict_loading = False  # type: ignore[assignment]  # these raise for each missing key before any hook can judge
@@ -200,6 +237,16 @@ class Installer(pl.Callback):
             self._check_statistics(module, handle)
             run.modes.apply()
             run.undo += [run.modes.restore, run.modes.excuse_from_warning(trainer.fit_loop)]
+            self._checkpoint_blocks(module, handle)
+
+    def _checkpoint_blocks(self, module: nn.Module, handle: Handle) -> None:
+        if self.gradient_checkpointing is None:
+            return
+        root, path = handle.root, path_of(module, handle.root) or ""
+        anatomy = anatomy_of(root, self.anatomy)
+        self.run.undo.append(checkpoint_blocks(root, anatomy, self.gradient_checkpointing, prefix=path))
+        names = recomputed_blocks(root)
+        self.say(module, f"gradient checkpointing: {len(names)} modules run again in the backward pass, '{names[0]}' to '{names[-1]}'.")
 
     def _check_unmerged(self, handle: Handle) -> None:
         if handle.merged:

@@ -11,9 +11,11 @@ from torch import nn
 
 from lightning_peft.checkpoint import check_manifest, manifests_of, require_base
 from lightning_peft.checkpoint.reading import load_checkpoint
-from lightning_peft.strategies.install import inject
+from lightning_peft.loading.quantize import QuantizeOptions, quantize, require_same
+from lightning_peft.strategies.install import reinstall
+from lightning_peft.surgery.anatomy import anatomy_of
 from lightning_peft.training import restoring
-from lightning_peft.training.adapted_root import find_handle, find_root, train_whole
+from lightning_peft.training.adapted_root import find_handle, find_root, strip_root, train_whole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,8 +49,13 @@ def load_from_checkpoint(
                 root = find_root(self, manifest["root"])[1]
                 prefix = f"{manifest['root']}." if manifest["root"] else ""
                 strategy = check_manifest(manifest)
+                asked = manifest.get("usage", {}).get("quantization")
+                if asked is not None and not require_same(root, QuantizeOptions.parse(asked)):
+                    whole = {key.rpartition(".")[0].removeprefix(prefix) for key in manifest["extra"] if key.startswith(prefix)}
+                    local = strip_root(QuantizeOptions.parse(asked), manifest["root"], anatomy_of(root, anatomy))
+                    quantize(root, local.skipping(sorted(whole)), anatomy=anatomy)
                 require_base(root, manifest)
-                handle = inject(root, strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)  # type: ignore[arg-type]
+                handle = reinstall(root, strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)  # type: ignore[arg-type]
                 handle.usage = dict(manifest.get("usage", {}))
                 # Extra modules below the root train on, as they did in the run that saved them.
                 extras = {key.rpartition(".")[0] for key in manifest["extra"] if key.startswith(prefix)}

@@ -12,47 +12,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-IGNORE = -100
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed cross-entropy of logits (n, classes) and targets (n,), computed in fp32 or better; a scalar."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
-
-
-@contextmanager
-def only_at(head: nn.Module | None, where: Tensor) -> Iterator[None]:
-    """Let ``head`` see only the positions at which ``where`` (batch, length) is true, as (positions, dim).
-
-    The head of a language model is a good part of its cost, and most positions of a prompt have no label. A head that is called
-    with another shape is left alone; the caller selects afterwards (:func:`at`).
-    """
-
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = args[0]
-        return (hidden[where], *args[1:]) if hidden.shape[:-1] == where.shape else None
-
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def at(logits: Tensor, where: Tensor) -> Tensor:
-    """Return the logits (positions, classes) where ``where`` is true, also if they hold only these already."""
-    return logits[where] if logits.shape[:-1] == where.shape else logits
+from torch import Tensor
 
 
 class LookAhead:

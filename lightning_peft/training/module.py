@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,18 +18,20 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
 from lightning_peft.errors import ConfigError, did_you_mean
-from lightning_peft.loading.base import BaseSource, Dtype, load_model, load_tokenizer
+from lightning_peft.loading.base import BaseSource, Dtype, load_model, load_tokenizer, quantized_as
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import anatomy_of
 from lightning_peft.surgery.handle import Handle, handles
+from lightning_peft.surgery.recompute import GradientCheckpointing
 from lightning_peft.training.callback import PEFTCallback
 from lightning_peft.training.generation import answer_scores, generate, matched
-from lightning_peft.training.losses import LossWindow, summed_loss
+from lightning_peft.training.losses import LossWindow
 from lightning_peft.training.metrics import F1, Accuracy, collection
 from lightning_peft.training.param_groups import far_off, parameter_groups, set_rates, suggestion
 from lightning_peft.training.restoring import lenient, prepare
 from lightning_peft.training.schedulers import SCHEDULES, ScheduleName, scheduler
+from lightning_peft.training.scoring import Scorer, Scores
 from lightning_peft.training.tasks import TASKS, classify, compute_wide
 from lightning_peft.training.tokens import add_special_tokens, with_new_rows
 from lightning_peft.types import AdapterDtype
@@ -58,16 +61,21 @@ class PEFTLightningModule(pl.LightningModule):
         attn_implementation: ``sdpa``, ``eager``, ...; None leaves the choice to transformers. Not used for a model.
         revision: Branch, tag or commit of base and tokenizer on the hub.
         trust_remote_code: Run Python code that comes with base or tokenizer.
+        quantization: Store the base's linear layers in few bits (QLoRA), as :class:`PEFTCallback` takes it. A base given by name is
+            quantized while its weights are read, layer by layer.
         special_tokens: Tokens to add. The embeddings grow, and of them only these tokens' rows train.
         extra_modules: Parts of the base to train whole and save with the adapter, such as a task head; ``auto`` takes the modules
             that the checkpoint has no weights for, and of a model given for a classification task its head.
-        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        gradient_checkpointing: Recompute the activations of blocks in the backward pass instead of keeping them, while ``fit`` runs:
+            ``True``, or options as of :class:`PEFTCallback`, such as ``{"every": 2}``.
         lr: Learning rate. ``auto`` is the method's own, or that of ``optimizer`` where you give one.
         weight_decay: For tensors with two or more dimensions; ``auto`` is the method's own.
         optimizer: Makes the optimizer from parameter groups; None is AdamW.
         lr_scheduler: ``cosine``, ``linear`` or ``constant`` after the warm-up, a callable that makes a scheduler, or None.
         warmup: Optimizer steps of linear warm-up, or below 1 a share of all steps. Not used for a callable.
         lr_scheduler_interval: When a scheduler made by a callable steps.
+        label_smoothing: Share of a label's probability that is spread evenly over all classes, in training only: validation and test
+            measure the plain loss.
         answers: How a generative model is tested where the data has fixed answers: ``score`` takes the answer with the highest mean
             log-likelihood per token, ``generate`` writes greedily and compares.
         generation: Arguments of ``generate`` in prediction and testing, such as ``{"max_new_tokens": 64}``.
@@ -94,15 +102,17 @@ class PEFTLightningModule(pl.LightningModule):
         attn_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        quantization: str | dict[str, Any] | None = "auto",
         special_tokens: list[str] | None = None,
         extra_modules: Literal["auto"] | list[str] = "auto",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | dict[str, Any] = False,
         lr: float | Literal["auto"] = "auto",
         weight_decay: float | Literal["auto"] = "auto",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | ScheduleName | None = "cosine",
         warmup: float = 0.05,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
+        label_smoothing: float = 0.0,
         answers: Literal["score", "generate"] = "score",
         generation: dict[str, Any] | None = None,
         adapter_name: str = "default",
@@ -110,44 +120,34 @@ class PEFTLightningModule(pl.LightningModule):
         callback: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if task not in TASKS:
-            raise ConfigError(f"task={task!r} is unknown; tasks: {', '.join(TASKS)}.{did_you_mean(str(task), TASKS)}")
-        if base is None:
-            raise ConfigError(
-                "base is missing: a name, a folder, a GGUF file or a model. A checkpoint of a module that was given a model does not "
-                "hold it: load_from_checkpoint(path, base=model)."
-            )
-        if isinstance(lr_scheduler, str) and lr_scheduler not in SCHEDULES:
-            raise ConfigError(f"lr_scheduler={lr_scheduler!r} is not one of {', '.join(SCHEDULES)}.")
-        if answers not in ("score", "generate"):
-            raise ConfigError(f"answers={answers!r} is not one of score, generate.")
-        if isinstance(lr, str) and lr != "auto":
-            raise ConfigError(f"lr={lr!r} is neither a number nor 'auto'.")
+        _check(task, base, lr_scheduler, label_smoothing, answers, lr)
         self.strategy = resolve(strategy)
         self.task = TASKS[task]
         self.labels = [str(label) for label in labels] if labels is not None else None
         self.special_tokens = list(special_tokens or ())
         self.extra_modules: Literal["auto"] | list[str] = extra_modules
-        self.gradient_checkpointing = gradient_checkpointing
         self.lr, self.weight_decay = lr, weight_decay
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.warmup, self.lr_scheduler_interval = warmup, lr_scheduler_interval
+        self.label_smoothing = label_smoothing
         self.answers, self.generation = answers, dict(generation or {})
         self.adapter_name = adapter_name
-        self.peft = PEFTCallback(
-            self.strategy, **{"name": adapter_name, "module": BASE, "adapter_dtype": adapter_dtype, **(callback or {})}
-        )
+        options: dict[str, Any] = {"name": adapter_name, "module": BASE, "adapter_dtype": adapter_dtype}
+        options |= {"gradient_checkpointing": gradient_checkpointing, "quantization": quantization}
+        self.peft = PEFTCallback(self.strategy, **{**options, **(callback or {})})
         self.strict_loading = False  # a checkpoint holds the adapter only; `lenient` is strict about that
         lenient(self, (adapter_name,))
         self.metrics = nn.ModuleDict()
         self.base = None
         self.source: BaseSource | None = None
         if isinstance(base, str):
-            loading = {"dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
-            self.source = BaseSource(name=base, trust_remote_code=trust_remote_code, **loading)  # type: ignore[arg-type]
+            loading: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
+            loading |= {"quantization": self.peft.quantization}
+            self.source = BaseSource(name=base, trust_remote_code=trust_remote_code, **loading)
         self._tokenizer = tokenizer
         self._tokenizer_ready = False
         self._window = LossWindow(self.task.labelled)
+        self._score = Scorer(self.task)
         # Plain data only, which is all that a checkpoint may hold; objects have to be given again to load_from_checkpoint. Under
         # LightningCLI these are the raw values of the YAML, optimizer and scheduler included.
         objects = [n for n, v in (("base", base), ("tokenizer", tokenizer)) if v is not None and not isinstance(v, str)]
@@ -157,6 +157,10 @@ class PEFTLightningModule(pl.LightningModule):
                 del self.hparams[name]
         if isinstance(self.hparams["strategy"], (PEFTStrategy, list, tuple)):
             self.hparams["strategy"] = self.strategy.to_dict()
+        if self.peft.quantization is not None:
+            self.hparams["quantization"] = self.peft.quantization.to_dict()
+        if isinstance(gradient_checkpointing, GradientCheckpointing):
+            self.hparams["gradient_checkpointing"] = gradient_checkpointing.to_dict()
         self._hparams_initial = copy.deepcopy(self._hparams)  # what loggers write
         if isinstance(base, nn.Module):
             self.base = base
@@ -206,11 +210,13 @@ class PEFTLightningModule(pl.LightningModule):
         new: tuple[str, ...] = ()
         if self.base is None:
             assert self.source is not None
+            if self.peft.follows_method and self.source.quantization is not None and quantized_as(self.source) is not None:
+                self.source = replace(self.source, quantization=None)  # the method's own wish yields to the checkpoint
             loaded = load_model(self.source, self.task.name, self.labels if self.task.needs_labels else None)
             self.base, new = loaded.model, loaded.new_modules
         elif self.task.needs_labels:
             new = tuple(site.path for site in anatomy_of(self.base).roles.get("head", ()))
-        self.base.train()  # HF leaves eval mode, in which dropout and activation checkpointing are off
+        self.base.train()  # HF leaves eval mode, in which dropout is off
         self._fit_config()
         if self.special_tokens:
             self.peft.strategy = with_new_rows(self.strategy, self.base, self.tokenizer, self.special_tokens)
@@ -227,8 +233,6 @@ class PEFTLightningModule(pl.LightningModule):
         # Whoever loads the adapter has to take this tokenizer, add these tokens and make room for them (serve.open_adapter).
         asked = {"tokenizer": self.hparams.get("tokenizer"), "special_tokens": self.special_tokens}
         handle.usage |= {key: value for key, value in asked.items() if value}
-        if self.gradient_checkpointing:
-            self._recompute_activations()
         for split in ("val", "test"):
             self.metrics[split] = self.task.metrics(len(self.labels or ()))
 
@@ -252,16 +256,6 @@ class PEFTLightningModule(pl.LightningModule):
             if tokenizer is not None:
                 config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def _recompute_activations(self) -> None:
-        enable = getattr(self.base, "activation_checkpointing_enable", None)
-        if enable is not None:
-            enable(activation_checkpointing_kwargs={"use_reentrant": False})
-            return
-        enable = getattr(self.base, "gradient_checkpointing_enable", None)  # its name before transformers 5.23
-        if enable is None:
-            raise ConfigError(f"gradient_checkpointing: {type(self.base).__name__} has no activation checkpointing of its own.")
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
     def configure_callbacks(self) -> list[pl.Callback]:
         """Add the callback that saves, checks and exports the adapter, unless the Trainer has one of this name.
 
@@ -280,6 +274,9 @@ class PEFTLightningModule(pl.LightningModule):
                 )
             given.strategy, given.module = self.peft.strategy, BASE
             given.extra_modules = tuple(dict.fromkeys((*self.peft.extra_modules, *given.extra_modules)))
+            if given.follows_method:  # it was not told how to store the base
+                given.quantization, given.follows_method = self.peft.quantization, self.peft.follows_method
+            given.gradient_checkpointing = given.gradient_checkpointing or self.peft.gradient_checkpointing
             self.peft = given
         return []
 
@@ -304,9 +301,9 @@ class PEFTLightningModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the batch's share in the mean loss over all labelled positions of the optimizer step (see ``losses``)."""
-        logits, targets = self.task.score(self.base, batch)
-        total = summed_loss(logits, targets)
-        self.log("train_loss", total.detach() / max(len(targets), 1), prog_bar=True, batch_size=1)
+        scores: Scores = self._score(self.base, batch)
+        total = scores.loss(self.label_smoothing)
+        self.log("train_loss", total.detach() / max(len(scores.targets), 1), prog_bar=True, batch_size=1)
         return total / self._window.per_batch(self.trainer, batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -326,10 +323,10 @@ class PEFTLightningModule(pl.LightningModule):
         self._log_metrics("test")
 
     def _evaluate(self, split: str, batch: Any) -> None:
-        logits, targets = self.task.score(self.base, batch)
-        if len(targets):
-            total = summed_loss(logits, targets)
-            self._metrics(split).update(total=total, count=len(targets), preds=logits.argmax(-1), target=targets)
+        scores: Scores = self._score(self.base, batch)
+        if len(scores.targets):
+            total, preds = scores.evaluate()
+            self._metrics(split).update(total=total, count=len(preds), preds=preds, target=scores.targets)
         rows = self.task.batch(batch) if self.task.generates else {}
         if "answer_labels" in rows:
             self._evaluate_answers(split, rows)
@@ -433,3 +430,22 @@ class PEFTLightningModule(pl.LightningModule):
         if isinstance(made, ReduceLROnPlateau):
             config["monitor"] = getattr(made, "monitor", "val_loss")
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def _check(task: str, base: Any, lr_scheduler: Any, label_smoothing: float, answers: str, lr: Any) -> None:
+    """Refuse what no annotation can: values that come from a YAML file or contradict each other."""
+    if task not in TASKS:
+        raise ConfigError(f"task={task!r} is unknown; tasks: {', '.join(TASKS)}.{did_you_mean(str(task), TASKS)}")
+    if base is None:
+        raise ConfigError(
+            "base is missing: a name, a folder, a GGUF file or a model. A checkpoint of a module that was given a model does not "
+            "hold it: load_from_checkpoint(path, base=model)."
+        )
+    if isinstance(lr_scheduler, str) and lr_scheduler not in SCHEDULES:
+        raise ConfigError(f"lr_scheduler={lr_scheduler!r} is not one of {', '.join(SCHEDULES)}.")
+    if not 0 <= label_smoothing < 1:
+        raise ConfigError(f"label_smoothing={label_smoothing!r} is not at least 0 and below 1.")
+    if answers not in ("score", "generate"):
+        raise ConfigError(f"answers={answers!r} is not one of score, generate.")
+    if isinstance(lr, str) and lr != "auto":
+        raise ConfigError(f"lr={lr!r} is neither a number nor 'auto'.")

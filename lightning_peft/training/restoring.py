@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.checkpoint import check_base, live_keys, manifests_of, strip_wrappers
 from lightning_peft.errors import CompatibilityError, MergeError
+from lightning_peft.quantization.backend import backend_of
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.stack import RESERVED
 from lightning_peft.surgery.tree import is_within
@@ -140,6 +141,12 @@ def _before_peft(
     checkpoint: dict[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]]
 ) -> dict[str, Any]:
     """Load the base from a full checkpoint that knows no adapters, and install fresh ones on it."""
+    low = next((path for path, part in module.named_modules() if backend_of(part) is not None), None)
+    if low is not None:
+        raise CompatibilityError(
+            f"{where} was made before PEFT and holds dense weights, and '{low}' is quantized. Load it into the dense module first "
+            "(module.load_state_dict), then quantize and train from there without ckpt_path."
+        )
     state = checkpoint["state_dict"]
     base = {k: v for k, v in module.state_dict().items() if RESERVED not in k.split(".")}
     missing = sorted(base.keys() - state.keys())

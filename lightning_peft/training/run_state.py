@@ -13,6 +13,7 @@ from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.training import rng
 from lightning_peft.training.modes import BaseModes
+from lightning_peft.training.peak import PeakMemory
 from lightning_peft.training.sentinel import GradientSentinel
 
 
@@ -32,6 +33,7 @@ class Run:
     saved_schedule: dict[str, Any] | None = None
     resumed: list[rng.RNGState] | None = None
     pending_init: AdapterFile | None = None
+    peak: PeakMemory | None = None
     fresh: Handle | None = None  # installed by this run, which has not trained it yet
 
     def schedule_state(self) -> dict[str, Any]:

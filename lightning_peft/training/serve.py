@@ -22,12 +22,15 @@ from lightning_peft.training.tokens import add_special_tokens, resize_embeddings
 PROMPT_FIELDS = ("prompt", "chat_template", "system_prompt")
 
 
-def open_adapter(adapter: str | os.PathLike[str], base: str | None = None) -> tuple[Handle, Any, dict[str, Any]]:
+def open_adapter(
+    adapter: str | os.PathLike[str], base: str | None = None, *, quantized: bool = True
+) -> tuple[Handle, Any, dict[str, Any]]:
     """Load the base that an adapter names, with the adapter installed.
 
     Args:
         adapter: Adapter folder or Lightning ``.ckpt``.
         base: Name or folder of the base; None takes the one that the adapter names.
+        quantized: Quantize a base that the adapter names as it was in training.
 
     Returns:
         The handle (the model is ``handle.root``, in eval mode), the tokenizer (None for a task without text), and how the adapter
@@ -41,7 +44,8 @@ def open_adapter(adapter: str | os.PathLike[str], base: str | None = None) -> tu
     name = base or usage.get("base")
     if not name:
         raise ConfigError(f"'{adapter}' does not say which base model it belongs to; name it with --base.")
-    source = BaseSource(name=name, dtype=usage.get("dtype", "auto"), revision=usage.get("revision") if base is None else None)
+    known = {key: usage.get(key) for key in ("revision", "quantization")} if base is None else {}
+    source = BaseSource(name=name, dtype=usage.get("dtype", "auto"), **(known if quantized else known | {"quantization": None}))
     folder, task = Path(adapter), usage.get("task", "causal_lm")
     model, tokenizer = load_model(source, task, usage.get("labels")).model, None
     if TASKS[task].reads_text:
@@ -92,6 +96,9 @@ def generate_text(
 def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str | None = None) -> Path:
     """Merge an adapter into its base and save a plain transformers model, with its tokenizer if it reads text; return the folder.
 
+    An adapter that was trained on a quantized base is merged into the dense one, unless the base was prepared (LoftQ): then the layers
+    are unpacked as they were in training.
+
     Raises:
         ConfigError: ``output`` exists and is not empty.
         MergeError: The method cannot be merged.
@@ -99,8 +106,9 @@ def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str
     folder = Path(output)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"'{folder}' is not empty; name a new folder for the merged model.")
-    handle, tokenizer, _ = open_adapter(adapter, base)
-    handle.merge()
+    prepared = bool(read_adapter(adapter).manifest["base"].get("preparation"))
+    handle, tokenizer, _ = open_adapter(adapter, base, quantized=prepared)
+    handle.merge(quantized="dense")
     handle.remove()
     model: Any = handle.root
     model.save_pretrained(folder)

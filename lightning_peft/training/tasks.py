@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from lightning_peft.errors import ConfigError, DataError, UnsupportedLayerError
-from lightning_peft.training.losses import IGNORE, at, only_at
+from lightning_peft.nn.chunked_loss import IGNORE
 from lightning_peft.training.metrics import F1, Accuracy, Loss, Perplexity, collection
 
 NOT_INPUTS = frozenset(
@@ -74,11 +74,9 @@ class Task(ABC):
         """Return the logits of all positions, (..., classes)."""
         return logits_of(model(**self.inputs(batch)))
 
-    def score(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return logits (n, classes) and targets (n,) of the n labelled positions."""
-        targets = self.targets(batch)
-        where = targets != IGNORE
-        return at(self.logits(model, batch), where), targets[where]
+    def head(self, model: nn.Module) -> nn.Module | None:
+        """Return the module that makes logits of each position's hidden state by itself, or None if there is none."""
+        return None
 
     @abstractmethod
     def metrics(self, classes: int) -> MetricCollection:
@@ -99,13 +97,10 @@ def logits_of(output: Any) -> Tensor:
 class LanguageTask(Task):
     """The classes are the tokens of a vocabulary; the head runs only where there is a label."""
 
-    def score(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        targets = self.targets(batch)
-        where = targets != IGNORE
+    def head(self, model: nn.Module) -> nn.Module | None:
         getter = getattr(model, "get_output_embeddings", None)
-        with only_at(None if getter is None else getter(), where):
-            logits = self.logits(model, batch)
-        return at(logits, where), targets[where]
+        found: nn.Module | None = None if getter is None else getter()
+        return found
 
     def metrics(self, classes: int) -> MetricCollection:
         return collection(loss=Loss(), perplexity=Perplexity())

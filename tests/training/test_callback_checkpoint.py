@@ -352,7 +352,7 @@ class Tokenizer:
 def test_adapter_folders_lie_ready(tmp_path: Path, capsys: Any) -> None:
     module = WithHead()
     module.tokenizer = Tokenizer()
-    keep = {"monitor": "val_loss", "mode": "max"}  # best is the first epoch here, not the last
+    keep = {"monitor": "epoch", "mode": "min"}  # best is the first epoch, not the last
     peft = callback(export=True, verbose=True, module="net")
     _, module, best = fitted(tmp_path, peft, module=module, keep=keep, max_epochs=3)
     folder = tmp_path / "adapter"

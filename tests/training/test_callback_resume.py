@@ -19,7 +19,7 @@ from lightning_peft.checkpoint import read_adapter
 from lightning_peft.errors import ConfigError
 from lightning_peft.training import rng
 from tests.backbones import VOCAB, llama
-from tests.training.toys import LORA, InConfigureModel, InSetup, Plain, adapter_state, callback, loader, same, trainer
+from tests.training.toys import LORA, InConfigureModel, InSetup, Interrupt, Plain, adapter_state, callback, loader, same, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
@@ -28,17 +28,6 @@ ADALORA = {
     "init_args": {"initial_rank": 2, "target_rank": 1, "warmup": 2, "final": 4, "targets": ["0", "3"], "dropout": 0.1},
 }
 COMPOSED = [ADALORA, {"class_path": "BitFit"}]
-
-
-class Interrupt(pl.Callback):
-    """Presses Ctrl-C at a step, in the middle of everything."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def fit(

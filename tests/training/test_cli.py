@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lightning_peft as lp
+from lightning_peft.checkpoint import read_adapter
 from lightning_peft.training.cli import PEFTCLI, main
 from tests.training.data.conftest import SPECIALS, _byte_bpe
 
@@ -214,3 +215,32 @@ def test_help_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
     card = capsys.readouterr().out
     assert "2106.09685" in card
     assert "rank_stabilized = False" in card
+
+
+def test_the_qlora_config_is_a_whole_job(base: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """configs/qlora.yaml as it stands, on a tiny base and a few rows."""
+    qlora = Path(__file__).parents[2] / "configs" / "qlora.yaml"
+    small = {"model.base": base, "data.data_path": config.parent / "sms.csv", "model.callback.export": tmp_path / "adapter"}
+    small |= {"trainer.max_steps": 2, "trainer.default_root_dir": tmp_path, "data.val_fraction": 0.2, "data.batch_size": 4}
+    small |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false", "trainer.logger": "false"}
+    main(["fit", "--config", str(qlora), *(f"--{name}={value}" for name, value in small.items())])
+    assert "14 layers in nf4 (blocks of 64, double quantization)" in capsys.readouterr().out
+    usage = read_adapter(tmp_path / "adapter" / "last").manifest["usage"]
+    assert usage["quantization"] == lp.Quantization().to_dict()
+    main(["generate", str(tmp_path / "adapter" / "last"), "call number 3 now", "--max-new-tokens", "2"])
+    main(["merge", str(tmp_path / "adapter" / "last"), str(tmp_path / "merged")])
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--model.quantization=nf5", ["Did you mean 'nf4'"]),
+        ("--model.quantization={scheme: nf4, blocksize: 64}", ["Did you mean 'block_size'"]),
+    ],
+)
+def test_a_mistake_in_quantization_is_one_line(
+    argument: str, words: list[str], config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(capsys, "fit", "--config", str(config), argument)
+    assert all(word in error for word in words)

@@ -1,4 +1,4 @@
-"""PEFTLightningModule as a whole: lazy and eager bases, every stage, checkpoints, recomputed activations."""
+"""PEFTLightningModule as a whole: lazy and eager bases, every stage, checkpoints."""
 
 from __future__ import annotations
 
@@ -195,47 +195,6 @@ def test_resume_is_exact(folder, tmp_path):
     resumed = run(99, "resumed", str(tmp_path / "whole" / "epoch=1.ckpt"))
     assert not (tmp_path / "resumed" / "epoch=1.ckpt").exists()  # it did not start anew
     assert all(torch.equal(v, resumed[n]) for n, v in whole.items())
-
-
-@pytest.mark.parametrize("strategy", [LoRA(rank=2), "bitfit"], ids=str)
-def test_recomputed_activations_change_neither_loss_nor_gradients(strategy, tmp_path):
-    torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(tiny.gpt2()).save_pretrained(tmp_path / "gpt2")
-    batch = _batches()[0]
-
-    def gradients(checkpointing):
-        torch.manual_seed(0)
-        module = PEFTLightningModule(
-            strategy, str(tmp_path / "gpt2"), gradient_checkpointing=checkpointing, tokenizer=tokenizer()
-        )
-        module.configure_model()
-        blocks = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
-        assert bool(blocks) is checkpointing
-        assert module.base.training  # else transformers recomputes nothing
-        runs = []
-        hook = module.base.transformer.h[0].mlp.register_forward_pre_hook(lambda *a: runs.append(1))
-        torch.manual_seed(5)  # dropout
-        logits, targets = module.task.score(module.base, batch)
-        loss = torch.nn.functional.cross_entropy(logits, targets)
-        loss.backward()
-        hook.remove()
-        assert len(runs) == (2 if checkpointing else 1)
-        return loss.detach(), {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
-
-    loss, grads = gradients(False)
-    again, recomputed = gradients(True)
-    assert torch.equal(loss, again)
-    assert grads.keys() == recomputed.keys()
-    assert all(torch.equal(g, recomputed[n]) for n, g in grads.items())
-    assert any(g.abs().max() > 0 for g in grads.values())
-
-
-def test_recomputing_needs_a_model_that_can():
-    base = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match="no activation checkpointing"):
-        PEFTLightningModule(
-            LoRA(rank=1, targets=["0"]), base, "image_classification", labels=["a", "b"], gradient_checkpointing=True
-        )
 
 
 def test_the_callback_is_added_once_and_the_users_own_is_kept(folder):

@@ -9,8 +9,10 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaForCausalLM
 
+from lightning_peft.errors import ConfigError
+from lightning_peft.nn.chunked_loss import IGNORE
 from lightning_peft.strategies.reparameterized.lora import LoRA
-from lightning_peft.training.losses import IGNORE, LookAhead
+from lightning_peft.training.losses import LookAhead
 from lightning_peft.training.module import PEFTLightningModule
 from tests.training.tiny import llama, loader, ragged, trained, trainer
 
@@ -18,10 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
 LENGTHS = [[9, 4], [3, 5], [12, 7], [4, 4], [11, 3]]
 
 
-def _module() -> PEFTLightningModule:
+def _module(*, strategy=None, dtype=torch.float64, **options) -> PEFTLightningModule:
     torch.manual_seed(0)
-    base = LlamaForCausalLM(llama()).double()
-    module = PEFTLightningModule(LoRA(rank=2), base, lr_scheduler=None, optimizer=lambda groups: SGD(groups, lr=0.5))
+    base = LlamaForCausalLM(llama(tied=False)).to(dtype)
+    options = {"lr_scheduler": None, "optimizer": lambda groups: SGD(groups, lr=0.5), **options}
+    module = PEFTLightningModule(strategy or LoRA(rank=2), base, **options)
     with torch.no_grad():
         for parameter in module.handle.trainable_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -159,6 +162,46 @@ def test_look_ahead_hands_out_what_it_showed():
     assert ahead.peek(2) == [1, 2]
     assert ahead.peek(9) == [1, 2, 3, 4]
     assert list(ahead) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_smoothing_is_for_training_only(smoothing):
+    batch = _batches()[0]
+    module = _module(label_smoothing=smoothing)
+    logits = module.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
+    loss = F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=smoothing)
+    expected = {n: p.detach() - 0.5 * g for (n, p), g in _gradients(module, loss)}
+    run = trainer()
+    (before,) = run.validate(module, loader([batch]), verbose=False)
+    assert abs(before["val_loss"] - _mean(module, batch)) < 1e-6  # plain, whatever trains
+    run.fit(module, loader([batch]))
+    assert abs(run.callback_metrics["train_loss"] - loss) < 1e-6
+    for name, value in expected.items():
+        assert (trained(module)[name] - value).abs().max() < 1e-12, name
+
+
+def _gradients(module, loss):
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    return zip(named, torch.autograd.grad(loss, [p for _, p in named]), strict=True)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_label_smoothing_is_a_share(smoothing):
+    with pytest.raises(ConfigError, match=f"label_smoothing={smoothing}"):
+        _module(label_smoothing=smoothing)
+
+
+def test_mixed_precision_trains_as_in_fp32():
+    def run(precision):
+        module = _module(strategy=LoRA(rank=2, targets=["q_proj", "lm_head"]), dtype=torch.float32)
+        before = trained(module)
+        trainer(precision=precision, accumulate_grad_batches=2).fit(module, loader(_batches()[:2]))
+        return {n: v - before[n] for n, v in trained(module).items()}
+
+    wide, mixed = run("32-true"), run("bf16-mixed")
+    for name, step in wide.items():
+        assert step.norm() > 0
+        assert (mixed[name] - step).norm() < 0.05 * step.norm(), name
 
 
 @pytest.mark.dist

@@ -107,6 +107,17 @@ class EarlyOptimizer(Plain):
         return [self.early], [self.schedule]
 
 
+class Interrupt(pl.Callback):
+    """Presses Ctrl-C at a step, in the middle of everything."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 def trainer(folder: Path, *callbacks: Any, **options: Any) -> pl.Trainer:
     defaults = {
         "max_epochs": 1,

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.nn.chunked_loss import IGNORE
 from lightning_peft.training.data.encoders import Example
-from lightning_peft.training.data.tokenization import IGNORE, TextEncoder
+from lightning_peft.training.data.tokenization import TextEncoder
 from lightning_peft.types import stable_seed
 
 Batch = dict[str, Tensor | list[str]]

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_peft.errors import ConfigError, DataError, DependencyError, did_you_mean
+from lightning_peft.nn.chunked_loss import IGNORE
 from lightning_peft.training.data.collators import (
     CausalCollator,
     ClassCollator,
@@ -32,7 +33,7 @@ from lightning_peft.training.data.progress import tracked
 from lightning_peft.training.data.rows import RowStore
 from lightning_peft.training.data.sources import DataFormat, Reader, Row, TextUnit, load_hub
 from lightning_peft.training.data.templates import Task, TextSpec
-from lightning_peft.training.data.tokenization import IGNORE, TextEncoder, Tokenizer
+from lightning_peft.training.data.tokenization import TextEncoder, Tokenizer
 
 _STAGES: dict[str | None, tuple[str, ...]] = {
     "fit": ("train", "val"),

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_peft.errors import DataError
+from lightning_peft.nn.chunked_loss import IGNORE
 from lightning_peft.training.data.sources import Row
 from lightning_peft.training.data.templates import Task, TextSpec, cell, split_words
-from lightning_peft.training.data.tokenization import FIXED, IGNORE, Span, TextEncoder, Tokens, keep_positions
+from lightning_peft.training.data.tokenization import FIXED, Span, TextEncoder, Tokens, keep_positions
 
 TruncationSide = Literal["left", "right"]
 Ints = array  # array("i"): four bytes a token, where a list of ints needs up to 36

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning_peft.errors import ConfigError, DataError
-
-IGNORE = -100
-"""The label of a position without loss, as in ``torch.nn.functional.cross_entropy`` and HF models."""
+from lightning_peft.nn.chunked_loss import IGNORE
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
