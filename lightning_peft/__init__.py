@@ -13,9 +13,16 @@ from lightning_peft.checkpoint import inspect_adapter as inspect_adapter
 from lightning_peft.checkpoint import load_adapter as load_adapter
 from lightning_peft.checkpoint import save_adapter as save_adapter
 from lightning_peft.errors import PEFTError as PEFTError
+from lightning_peft.loading.quantize import QuantizationReport as QuantizationReport
+from lightning_peft.loading.quantize import quantization_report as quantization_report
+from lightning_peft.loading.quantize import quantize as quantize
+from lightning_peft.loading.saved import load_quantized as load_quantized
+from lightning_peft.loading.saved import save_quantized as save_quantized
+from lightning_peft.quantization.config import Quantization as Quantization
 from lightning_peft.strategies import AdaLoRA as AdaLoRA
 from lightning_peft.strategies import BitFit as BitFit
 from lightning_peft.strategies import Compose as Compose
+from lightning_peft.strategies import DoRA as DoRA
 from lightning_peft.strategies import Full as Full
 from lightning_peft.strategies import Head as Head
 from lightning_peft.strategies import HoulsbyAdapter as HoulsbyAdapter
@@ -25,6 +32,8 @@ from lightning_peft.strategies import MethodInfo as MethodInfo
 from lightning_peft.strategies import PEFTStrategy as PEFTStrategy
 from lightning_peft.strategies import PrefixTuning as PrefixTuning
 from lightning_peft.strategies import PromptTuning as PromptTuning
+from lightning_peft.strategies import QDoRA as QDoRA
+from lightning_peft.strategies import QLoRA as QLoRA
 from lightning_peft.strategies import TokenRows as TokenRows
 from lightning_peft.strategies import VeRA as VeRA
 from lightning_peft.strategies import get_method as get_method
@@ -38,20 +47,25 @@ from lightning_peft.surgery.handle import handles as handles
 from lightning_peft.surgery.targets import Targets as Targets
 
 if TYPE_CHECKING:
+    from lightning_peft.cost import CostReport as CostReport
+    from lightning_peft.cost import estimate as estimate
     from lightning_peft.training import PEFTCallback as PEFTCallback
     from lightning_peft.training import PEFTDataModule as PEFTDataModule
     from lightning_peft.training import PEFTLightningModule as PEFTLightningModule
     from lightning_peft.training import load_from_checkpoint as load_from_checkpoint
 
 __version__ = "0.1.0"
+_COST = ("CostReport", "estimate")
 _TRAINING = ("PEFTCallback", "PEFTDataModule", "PEFTLightningModule", "load_from_checkpoint")
 
 
 def __getattr__(name: str) -> Any:
     if name in _TRAINING:
         return getattr(importlib.import_module("lightning_peft.training"), name)
+    if name in _COST:
+        return getattr(importlib.import_module("lightning_peft.cost"), name)
     raise AttributeError(f"module 'lightning_peft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_TRAINING})
+    return sorted({*globals(), *_COST, *_TRAINING})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_peft as lp
+from lightning_peft.strategies.strategy import ALL_STORAGES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,6 +27,17 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def storages() -> str:
+    """The table of methods and storages, from the promises in the registry, which the contract suite holds them to."""
+    columns = sorted(ALL_STORAGES, key=("dense", "nf4", "fp4", "int8").index)
+    rows = [f"| method | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for info in lp.list_methods():
+        if info.cls.__module__.startswith("lightning_peft."):
+            works = "trains, merges" if info.mergeable else "trains"
+            rows.append(f"| `{info.name}` | {' | '.join(works if c in info.storages else 'no' for c in columns)} |")
+    return "\n".join(rows)
+
+
 # Lightning's own advice on the README's minimal loop: no validation data, no logger package, a toy module.
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
 @pytest.mark.parametrize("block", BLOCKS, ids=["callback", "plain-loop"])
@@ -37,6 +49,10 @@ def test_python_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_method_table_is_the_registry() -> None:
     assert table() in README
+
+
+def test_storage_table_is_the_registry() -> None:
+    assert storages() in README
 
 
 def test_linked_files_exist() -> None:

@@ -1,0 +1,172 @@
+"""Quantized linear layers without numbers: as many bytes as the real ones, and the same operations around the matrix product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.quantization.backend import QuantBackend, backends, nothing
+from lightning_peft.quantization.config import Quantization
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What of a model is stored in few bits.
+
+    Args:
+        entries: Weights, by what the codes stand for.
+        nbytes: Bytes of codes and statistics.
+        codes: Numbers that hold codes and statistics.
+        scheme: How, such as ``nf4``; None for nothing.
+    """
+
+    entries: int = 0
+    nbytes: int = 0
+    codes: int = 0
+    scheme: str | None = None
+
+
+def stored_bytes(out_features: int, in_features: int, config: Quantization) -> int:
+    """Return the bytes of one quantized weight with its statistics.
+
+    4 bits: half a byte per weight and fp32 per block (4.5 bits per weight with blocks of 64), or with double quantization a byte per
+    block, fp32 per 256 blocks and one mean (4.127 bits): QLoRA, arXiv 2305.14314, section 3. Tables of values, which all layers
+    have in common, are left out. int8: a byte per weight and fp32 per row.
+    """
+    count = out_features * in_features
+    if config.scheme == "int8":
+        return count + 4 * out_features
+    blocks = math.ceil(count / config.block_size)
+    return math.ceil(count / 2) + (blocks + 4 * math.ceil(blocks / 256) + 4 if config.double_quant else 4 * blocks)
+
+
+class StoredLinear(nn.Linear):
+    """A layer whose ``weight`` is a string of bytes: codes and statistics together.
+
+    Args:
+        stored: How.
+        dense_dtype: dtype of the product.
+        plain: The weight is unpacked for the product. bitsandbytes' int8 on CUDA quantizes the input instead.
+    """
+
+    stored: Quantization
+    dense_dtype: torch.dtype
+    plain: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the dtype of ``x``, as bitsandbytes' layers compute."""
+        bias = None if self.bias is None else self.bias.to(self.dense_dtype)
+        product: Any = _Product if self.plain else _Int8Product
+        out: Tensor = product.apply(x.to(self.dense_dtype), self.weight, bias, self)
+        return out.to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b with W unpacked for it, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, bias: Tensor | None, layer: StoredLinear) -> Tensor:
+        ctx.layer, ctx.has_bias = layer, bias is not None
+        ctx.save_for_backward(codes)
+        return nn.functional.linear(x, unpacked(layer), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        of_x = g @ unpacked(ctx.layer) if ctx.needs_input_grad[0] else None
+        of_bias = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, None, of_bias, None
+
+
+class _Int8Product(torch.autograd.Function):
+    """LLM.int8 (arXiv 2208.07339) without outlier columns: the input in 8 bits, the product in int32; dense only backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, bias: Tensor | None, layer: StoredLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(codes)
+        rows = x.flatten(0, -2).half().to(torch.int8)
+        weight = codes.flatten()[: layer.out_features * layer.in_features].view(torch.int8).view(layer.out_features, layer.in_features)
+        out = torch._int_mm(rows, weight.T).to(torch.float16)
+        out = out if bias is None else out.add_(bias)
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        of_x = g @ unpacked(ctx.layer) if ctx.needs_input_grad[0] else None
+        of_bias = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, None, of_bias, None
+
+
+def unpacked(layer: StoredLinear) -> Tensor:
+    """Return a tensor as large as the dense weight (out, in); with double quantization the scales are unpacked first."""
+    config, count = layer.stored, layer.out_features * layer.in_features
+    nested = config.bits == 4 and config.double_quant
+    scales = torch.empty(math.ceil(count / config.block_size), device=layer.weight.device) if nested else None
+    weight = torch.empty(layer.out_features, layer.in_features, dtype=layer.dense_dtype, device=layer.weight.device)
+    del scales
+    return weight
+
+
+class Numberless:
+    """The part of a :class:`QuantBackend` that a forward pass uses, for :class:`StoredLinear`."""
+
+    name = "estimate"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, StoredLinear)
+
+    def config(self, module: nn.Linear) -> Quantization:
+        assert isinstance(module, StoredLinear)
+        return module.stored
+
+    def compute_dtype(self, module: nn.Linear) -> torch.dtype:
+        assert isinstance(module, StoredLinear)
+        return module.dense_dtype
+
+    def prepare(self, module: nn.Linear) -> Callable[[], None]:
+        return nothing
+
+    def dequantize(self, module: nn.Linear) -> Tensor:
+        assert isinstance(module, StoredLinear)
+        return unpacked(module)
+
+    def is_plain(self, module: nn.Linear) -> bool:
+        assert isinstance(module, StoredLinear)
+        return module.plain
+
+
+
+@contextmanager
+def numberless() -> Iterator[None]:
+    """Let adapters find the storage of :class:`StoredLinear` inside ``with``."""
+    known = backends()
+    known[Numberless.name] = cast(QuantBackend, Numberless())
+    try:
+        yield
+    finally:
+        del known[Numberless.name]
+
+
+def store(model: nn.Module, layers: Mapping[str, Quantization], *, on_cuda: bool) -> Stored:
+    """Turn layers of a model on meta into quantized ones, in place: ``nn.Linear`` or HF's Conv1D, adapted or not."""
+    entries = nbytes = codes = 0
+    for path, config in layers.items():
+        layer: Any = model.get_submodule(path)
+        weight = layer._parameters["weight"]
+        rows, columns = weight.shape if isinstance(layer, nn.Linear) else (weight.shape[1], weight.shape[0])
+        size = stored_bytes(rows, columns, config)
+        layer.__class__ = StoredLinear
+        layer.out_features, layer.in_features = rows, columns
+        layer.stored, layer.dense_dtype = config, config.dtype(weight.dtype)
+        layer.plain = config.scheme != "int8" or not on_cuda
+        layer._parameters["weight"] = nn.Parameter(torch.empty(size, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
+        entries, nbytes, codes = entries + rows * columns, nbytes + size, codes + size
+    return Stored(entries, nbytes, codes, ", ".join(sorted({config.scheme for config in layers.values()})) or None)
