@@ -40,7 +40,7 @@ def storages() -> str:
 
 # Lightning's own advice on the README's minimal loop: no validation data, no logger package, a toy module.
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
-@pytest.mark.parametrize("block", BLOCKS, ids=["callback", "plain-loop"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["callback", "plain-loop", "quantized"])
 def test_python_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})

@@ -9,9 +9,10 @@ everything around it happens as it would.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class Cost:
         rise: Bytes of the forward's peak above its start.
         kept: Bytes more alive after the forward than before, outputs left out: saved for the backward pass, or put into a cache.
         flops: Operations of the forward.
-        keeps_input: The backward pass reads the block's input.
+        holds: Which of the arguments the backward pass needs, by position.
         out: The outputs, tensors as :class:`_Shape`; and how they were nested.
         back_rise: Bytes of the backward's peak above its start.
         back_flops: Operations of the backward, recomputed ones included.
@@ -61,7 +62,7 @@ class Cost:
     rise: int
     kept: int
     flops: int
-    keeps_input: bool
+    holds: list[int]
     out: tuple[list[Any], Any]
     back_rise: int = 0
     back_flops: int = 0
@@ -115,7 +116,8 @@ class Blocks:
         cost = self.costs.get(key)
         fills = cost is None  # the block itself has filled its cache
         if cost is None:
-            cost = self.costs[key] = self._measure(block, inner, leaves, nesting)
+            with self.tracer.unwatched():
+                cost = self.costs[key] = self._measure(block, inner, leaves, nesting)
         return self._stand_in(block, cost, leaves, fills)
 
     def _measure(self, block: nn.Module, inner: Callable[..., Any], leaves: list[Any], nesting: Any) -> Cost:
@@ -128,17 +130,25 @@ class Blocks:
 
         flops, not_here = tracer.flops, tracer.not_here
         alone = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
-        moving = {x.untyped_storage()._cdata for x in alone if isinstance(x, Tensor) and x.requires_grad}
         args, kwargs = tree_unflatten(alone, nesting)
+        still = [weakref.ref(x) if isinstance(x, Tensor) and not x.requires_grad else None for x in alone]
+        del alone
         watch = tracer.watch()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = inner(*args, **kwargs)
         watch.stop()
+        del args, kwargs
         results, form = tree_flatten(out)
         shapes = [_Shape.of(r) if isinstance(r, Tensor) else r for r in results]
         size = sum(s.nbytes for s in shapes if isinstance(s, _Shape))
         kept = max(0, tracer.live - watch.start - size)
-        cost = Cost(watch.rise, kept, watch.flops, bool(moving & saved), (shapes, form))
+        # Saved by an operation, or for the second run of a block that recomputes.
+        holds = [
+            i
+            for i, (x, ref) in enumerate(zip(leaves, still, strict=True))
+            if isinstance(x, Tensor) and (x.untyped_storage()._cdata in saved or (ref is not None and ref() is not None))
+        ]
+        cost = Cost(watch.rise, kept, watch.flops, holds, (shapes, form))
         del out
         flowing = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
         if flowing:
@@ -166,7 +176,8 @@ class Blocks:
             moving = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad] or [torch.empty(0, requires_grad=True)]
             own = list(block.parameters())
             parameters = [own[i] for i in cost.trains] + cost.trains_outside
-            made = iter(_StandIn.apply(self, cost, parameters, *moving))  # type: ignore[no-untyped-call]
+            held = [leaves[i].detach() for i in cost.holds]
+            made = iter(_StandIn.apply(self, cost, parameters, held, *moving))  # type: ignore[no-untyped-call]
         else:
             made = iter([torch.empty(s.size, dtype=s.dtype) for s in shapes if isinstance(s, _Shape)])
             if not filled:
@@ -189,15 +200,16 @@ class _StandIn(torch.autograd.Function):
     """Takes the memory of a block that does not run."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: Blocks, cost: Cost, parameters: list[nn.Parameter], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, blocks: Blocks, cost: Cost, parameters: list[nn.Parameter], held: list[Tensor], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         shapes = [s for s in cost.out[0] if isinstance(s, _Shape)]
         out = tuple(torch.empty(s.size, dtype=s.dtype) for s in shapes)
         ctx.mark_non_differentiable(*(t for t, s in zip(out, shapes, strict=True) if not s.moves))
         ctx.blocks, ctx.cost, ctx.parameters = blocks, cost, parameters
         ctx.inputs = [_Shape.of(t) for t in inputs]
+        ctx.held = held
         blocks.tracer.book(cost.kept)
-        if cost.keeps_input:
-            ctx.save_for_backward(*inputs)
         return out
 
     @staticmethod
@@ -206,9 +218,10 @@ class _StandIn(torch.autograd.Function):
         tracer.flops += cost.back_flops
         tracer.reached(tracer.live + cost.back_rise)
         tracer.book(-cost.kept)
+        ctx.held = None
         for parameter in ctx.parameters:
             ctx.blocks.make_gradient(parameter)
-        return None, None, None, *(torch.empty(s.size, dtype=s.dtype) for s in ctx.inputs)
+        return None, None, None, None, *(torch.empty(s.size, dtype=s.dtype) for s in ctx.inputs)
 
 
 def signature(block: nn.Module) -> Hashable:
@@ -237,7 +250,7 @@ def _callable(forward: Any) -> Hashable:
 def _described(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return _Shape.of(leaf)
-    return leaf if isinstance(leaf, _PLAIN) else type(leaf)
+    return cast(Hashable, leaf if isinstance(leaf, _PLAIN) else type(leaf))
 
 
 def outermost(paths: Iterable[str]) -> list[str]:

@@ -105,7 +105,12 @@ def estimate(
         >>> report.trainable, report.optimizer
         (148, 0)
     """
-    for name, value, kind in (("device", device, Device), ("sharding", sharding, Sharding), ("loss", loss, Loss), ("vary", vary, Vary)):
+    for name, value, kind in (
+        ("device", device, Device),
+        ("sharding", sharding, Sharding),
+        ("loss", loss, Loss),
+        ("vary", vary, Vary),
+    ):
         if value not in get_args(kind):
             hint = did_you_mean(str(value), get_args(kind))
             raise ConfigError(f"estimate: {name}={value!r} is not one of {', '.join(get_args(kind))}.{hint}")
@@ -117,7 +122,7 @@ def estimate(
     if devices > 1 and sharding == "none":
         raise ConfigError(f"estimate: {devices} devices need sharding='ddp' or 'fsdp'.")
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    recompute = GradientCheckpointing.parse(gradient_checkpointing)  # type: ignore[arg-type]
+    recompute = GradientCheckpointing.parse(gradient_checkpointing)
     if recompute is not None and where == "cpu":
         recompute = dataclasses.replace(recompute, offload=False)  # there the activations are where they would be sent
     make, name = optimizer_named(optimizer), precision_of(precision)

@@ -39,7 +39,9 @@ class Generation:
 def can_generate(planned: Planned) -> bool:
     """Return whether the model is one of transformers that generates text with a cache."""
     able = getattr(planned.model, "can_generate", None)
-    return planned.head is not None and callable(able) and bool(able()) and hasattr(planned.model, "prepare_inputs_for_generation")
+    return (
+        planned.head is not None and callable(able) and bool(able()) and hasattr(planned.model, "prepare_inputs_for_generation")
+    )
 
 
 def trace_generation(planned: Planned, *, batch: int, prompt: int, again: bool = True) -> Generation:
@@ -90,7 +92,11 @@ def _texts(planned: Planned, batch: int, length: int) -> dict[str, Any]:
 def _next(planned: Planned, out: Any, batch: int) -> dict[str, Any]:
     token = torch.zeros(batch, 1, dtype=torch.long)
     if getattr(planned.model.config, "is_encoder_decoder", False):
-        return {"encoder_outputs": (out.encoder_last_hidden_state,), "decoder_input_ids": token, "past_key_values": out.past_key_values}
+        return {
+            "encoder_outputs": (out.encoder_last_hidden_state,),
+            "decoder_input_ids": token,
+            "past_key_values": out.past_key_values,
+        }
     return {"input_ids": token, "past_key_values": out.past_key_values}
 
 

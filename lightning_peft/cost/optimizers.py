@@ -28,7 +28,9 @@ def optimizer_named(value: str | MakeOptimizer) -> MakeOptimizer:
             raise ConfigError(f"optimizer={value!r} is neither a name of torch.optim nor a function that takes parameters.")
         return value
     known = {
-        name.lower(): cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer
+        name.lower(): cls
+        for name, cls in vars(torch.optim).items()
+        if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer
     }
     found = known.get(value.lower())
     if found is None:
@@ -37,10 +39,12 @@ def optimizer_named(value: str | MakeOptimizer) -> MakeOptimizer:
             "given as a function that takes parameters and returns the optimizer."
         )
     # SGD had no default rate before torch 2.
-    return lambda parameters: found(parameters, lr=1e-3)
+    return lambda parameters: found(parameters, lr=1e-3)  # type: ignore[call-arg]
 
 
-def optimizer_bytes(tracer: Tracer, parameters: Sequence[nn.Parameter], make: MakeOptimizer, *, together: bool) -> tuple[int, int]:
+def optimizer_bytes(
+    tracer: Tracer, parameters: Sequence[nn.Parameter], make: MakeOptimizer, *, together: bool
+) -> tuple[int, int]:
     """Return the bytes of the optimizer's state, and of what one step takes besides.
 
     Args:

@@ -18,6 +18,7 @@ from lightning_peft.cost.tracer import Tracer
 from lightning_peft.errors import ConfigError, DependencyError, UnsupportedLayerError, did_you_mean
 from lightning_peft.quantization.backend import backend_of
 from lightning_peft.quantization.config import Quantization
+from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy, Family, anatomy_of
@@ -25,6 +26,7 @@ from lightning_peft.surgery.builder import output_embeddings
 from lightning_peft.surgery.handle import Handle, handles
 from lightning_peft.surgery.inject import apply_plan
 from lightning_peft.surgery.recompute import GradientCheckpointing, checkpoint_blocks
+from lightning_peft.surgery.selection import select
 from lightning_peft.surgery.walk import base_modules, base_parameters
 from lightning_peft.types import AdapterDtype
 
@@ -226,6 +228,7 @@ def meta_copy(model: nn.Module) -> Copied:
     for path, (rows, columns, dtype) in dense.items():
         layer = copied.get_submodule(path)
         layer.__class__ = nn.Linear
+        layer._buffers.clear()  # statistics of the reference
         layer._parameters["weight"] = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device="meta"), requires_grad=False)
     return Copied(copied, stored)
 
@@ -246,7 +249,9 @@ def from_config(config: Any) -> Copied:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise DependencyError("a model given by its configuration needs transformers: pip install 'transformers>=5,<6'") from error
+        raise DependencyError(
+            "a model given by its configuration needs transformers: pip install 'transformers>=5,<6'"
+        ) from error
     config = copy.deepcopy(config)
     name = next(iter(getattr(config, "architectures", None) or ()), None)
     made: Any = None
@@ -272,10 +277,6 @@ def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 def select_layers(anatomy: Anatomy, quantization: Any) -> tuple[Quantization, tuple[str, ...]]:
     """Return how and which layers ``lp.quantize`` would store in few bits."""
-    # What is quantized is decided where it is done.
-    from lightning_peft.loading.quantize import QuantizeOptions
-    from lightning_peft.loading.selection import select
-
     asked = QuantizeOptions.parse(quantization)
     return asked.config, select(anatomy, asked.config, asked.skip, streamed=True).paths
 

@@ -92,7 +92,9 @@ class _Int8Product(torch.autograd.Function):
         ctx.layer = layer
         ctx.save_for_backward(codes)
         rows = x.flatten(0, -2).half().to(torch.int8)
-        weight = codes.flatten()[: layer.out_features * layer.in_features].view(torch.int8).view(layer.out_features, layer.in_features)
+        weight = (
+            codes.flatten()[: layer.out_features * layer.in_features].view(torch.int8).view(layer.out_features, layer.in_features)
+        )
         out = torch._int_mm(rows, weight.T).to(torch.float16)
         out = out if bias is None else out.add_(bias)
         return out.to(x.dtype).view(*x.shape[:-1], -1)
@@ -134,14 +136,13 @@ class Numberless:
     def prepare(self, module: nn.Linear) -> Callable[[], None]:
         return nothing
 
-    def dequantize(self, module: nn.Linear) -> Tensor:
+    def dequantize(self, module: nn.Linear, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(module, StoredLinear)
-        return unpacked(module)
+        return unpacked(module) if dtype is None else unpacked(module).to(dtype)
 
     def is_plain(self, module: nn.Linear) -> bool:
         assert isinstance(module, StoredLinear)
         return module.plain
-
 
 
 @contextmanager

@@ -164,7 +164,11 @@ class CostReport:
             own = f"{size(made.adapter_kv_cache)} of it virtual tokens" if made.adapter_kv_cache else ""
             rows += [
                 None,
-                ("prompt", flops(made.prefill_flops), f"{made.prompt} tokens; {flops(made.adapter_prefill_flops)} by the adapter"),
+                (
+                    "prompt",
+                    flops(made.prefill_flops),
+                    f"{made.prompt} tokens; {flops(made.adapter_prefill_flops)} by the adapter",
+                ),
                 ("one token", flops(made.decode_flops), f"without cache {flops(made.decode_flops_without_cache)}"),
                 ("KV cache", size(made.kv_cache), own),
             ]

@@ -113,10 +113,15 @@ def _traced(planned: Planned, score: _Score, args: tuple[Tensor, ...], kwargs: d
         score.hidden.register_hook(back.leaves_loss)
     score.hidden = None
     flops = tracer.flops
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     back.leaves_loss()
     assert back.watch is not None
-    peaks = {"forward": forward, "loss": back.tail.peak, "backward": back.watch.peak, "optimizer step": tracer.live + optimizer_rise}
+    peaks = {
+        "forward": forward,
+        "loss": back.tail.peak,
+        "backward": back.watch.peak,
+        "optimizer step": tracer.live + optimizer_rise,
+    }
     return Step(
         activations=at_head - start - old,
         loss=back.tail.peak - at_head,
@@ -194,7 +199,8 @@ class _Score:
         classes = head(rows[:1]).shape[-1]
         with self.planned.tracer.any_values():
             targets, parameters = torch.zeros(len(rows), dtype=torch.long), head_parameters(head, rows[:1])
-            return chunked_cross_entropy(rows, targets, head, parameters, chunk=chunk_rows(classes))
+            total: Tensor = chunked_cross_entropy(rows, targets, head, parameters, chunk=chunk_rows(classes))
+            return total
 
     def _reaches_head(self) -> None:
         tracer = self.planned.tracer

@@ -38,7 +38,9 @@ def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, out_va
     return _attention_flops(query.shape, key.shape, value.shape)
 
 
-def _cpu_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+def _cpu_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+) -> int:
     # Scores once more, then the gradients of V, of the weights, of Q and of K: five products, as torch counts its CUDA kernels.
     batch, heads, length, width = query.shape
     return 2 * batch * heads * length * key.shape[2] * (3 * width + 2 * value.shape[3])
@@ -107,7 +109,7 @@ class Tracer(FakeTensorMode):
         if self._inside:  # part of another operation, whose temporaries stay unseen
             return super().__torch_dispatch__(func, types, args, kwargs or {})
         if func is _ITEM and (self._values_do_not_matter or hasattr(args[0], _DRAWN)):
-            return 1.0
+            return 0.5  # true, and neither 0 nor 1, for which an optimizer may divide by zero
         self._inside = True
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs or {})
@@ -164,13 +166,22 @@ class Tracer(FakeTensorMode):
         self._watches.append(watch)
         return watch
 
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Hide what happens inside ``with`` from the watches of now."""
+        outer, self._watches = self._watches, []
+        try:
+            yield
+        finally:
+            self._watches = outer
+
     def forget_watches(self) -> None:
         """Stop all watches."""
         self._watches.clear()
 
     @contextmanager
     def any_values(self) -> Iterator[None]:
-        """Answer questions for the value of a tensor with one: for code whose memory does not depend on values."""
+        """Answer questions for the value of a tensor, for code whose memory does not depend on values."""
         before, self._values_do_not_matter = self._values_do_not_matter, True
         try:
             yield

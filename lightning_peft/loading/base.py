@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError, DependencyError, PEFTError, did_you_mean
-from lightning_peft.loading.quantize import Quantizable, QuantizeOptions, quantize
+from lightning_peft.loading.quantize import quantize
 from lightning_peft.loading.saved import METHOD, is_saved
 from lightning_peft.quantization.backend import backend_for
+from lightning_peft.quantization.options import Quantizable, QuantizeOptions
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")

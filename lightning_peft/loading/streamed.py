@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.loading.quantize import QuantizeOptions, become, canonical, give_back, layer_maker, settle
+from lightning_peft.loading.quantize import become, canonical, give_back, layer_maker, settle
 from lightning_peft.loading.saved import METHOD, read_layers
-from lightning_peft.loading.selection import LeftDense, Selection, select
 from lightning_peft.quantization.backend import backend_of
 from lightning_peft.quantization.config import Quantization
+from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.surgery.anatomy import Anatomy, anatomy_of
 from lightning_peft.surgery.layers import LinearKind, layer_kind
+from lightning_peft.surgery.selection import LeftDense, Selection, select
 from lightning_peft.surgery.tree import join
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from lightning_peft.errors import ConflictError, TargetError, did_you_mean
-from lightning_peft.loading.quantize import QuantizeOptions
+from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.fingerprint import strip_wrappers

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.checkpoint import require_base
 from lightning_peft.errors import ConfigError, did_you_mean
-from lightning_peft.loading.quantize import QuantizeOptions
+from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.strategies.strategy import PEFTStrategy

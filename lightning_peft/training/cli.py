@@ -148,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=f"{text} (--config FILE)", add_help=False)
     bill = commands.add_parser("estimate", help="tell memory and work of a run before it runs (--config FILE, as of fit)")
-    bill.add_argument("--fit", metavar="MEMORY", help="find the largest batch that a device with this memory holds, such as 24GiB")
+    bill.add_argument(
+        "--fit", metavar="MEMORY", help="find the largest batch that a device with this memory holds, such as 24GiB"
+    )
     bill.add_argument("--vary", choices=("batch_size", "sequence_length"), default="batch_size", help="what --fit changes")
     bill.add_argument("--compare", metavar="METHODS", help="other methods beside the config's, such as lora,bitfit,full")
     bill.add_argument("--chart", metavar="FILE", help="write the comparison as a picture: .png, .svg, .pdf; needs matplotlib")

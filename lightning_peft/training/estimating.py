@@ -61,7 +61,9 @@ def _read(arguments: Sequence[str]) -> tuple[nn.Module, Any, dict[str, Any]]:
     cli = ConfigOnly(arguments)
     module, data, trainer = cli.model, cli.datamodule, cli.config.trainer
     if module.source is None:
-        raise ConfigError("the base of this config is no name, folder or GGUF file. Use lp.estimate(model, strategy, ...) in Python.")
+        raise ConfigError(
+            "the base of this config is no name, folder or GGUF file. Use lp.estimate(model, strategy, ...) in Python."
+        )
     model = meta_model(module.source, module.task.name, module.labels if module.task.needs_labels else None)
     devices = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
     strategy = str(trainer.strategy).lower()
@@ -103,13 +105,17 @@ def meta_model(source: BaseSource, task: str, labels: Sequence[str] | None = Non
     try:
         config = transformers.AutoConfig.from_pretrained(where, **kwargs)
         if getattr(config, "quantization_config", None) is not None and source.gguf is None:
-            raise ConfigError(f"base={source.name!r} is stored quantized. Name the dense base, and how it is stored as quantization.")
+            raise ConfigError(
+                f"base={source.name!r} is stored quantized. Name the dense base, and how it is stored as quantization."
+            )
         dtype = (config.dtype or torch.float32) if source.dtype == "auto" else getattr(torch, source.dtype)
         attention = {} if source.attn_implementation is None else {"attn_implementation": source.attn_implementation}
         with torch.device("meta"):
             model: nn.Module = getattr(transformers, AUTO_CLASSES[task]).from_config(config, dtype=dtype, **attention)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot read the configuration of base={source.name!r} for task {task}: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"cannot read the configuration of base={source.name!r} for task {task}: {' '.join(str(error).split())}"
+        ) from error
     return model
 
 
@@ -123,7 +129,16 @@ def comparison(reports: Sequence[CostReport]) -> Table:
         bar = "█" * max(1, round(_WIDTH * r.peak / highest))
         state = r.adapter + r.gradients + r.optimizer
         work = f"{r.step_flops / reports[0].step_flops:.2f} ×"
-        table.add_row(r.method, f"{r.trainable:,}", size(r.weights), size(state), size(r.activations + r.loss_buffers), size(r.peak), work, bar)
+        table.add_row(
+            r.method,
+            f"{r.trainable:,}",
+            size(r.weights),
+            size(state),
+            size(r.activations + r.loss_buffers),
+            size(r.peak),
+            work,
+            bar,
+        )
     return table
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_peft.checkpoint import AdapterFile
 from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError
-from lightning_peft.loading.quantize import QuantizeOptions, quantization_report, require_same
+from lightning_peft.loading.quantize import quantization_report, require_same
+from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.strategies.install import inject
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy, anatomy_of
@@ -246,7 +247,9 @@ class Installer(pl.Callback):
         anatomy = anatomy_of(root, self.anatomy)
         self.run.undo.append(checkpoint_blocks(root, anatomy, self.gradient_checkpointing, prefix=path))
         names = recomputed_blocks(root)
-        self.say(module, f"gradient checkpointing: {len(names)} modules run again in the backward pass, '{names[0]}' to '{names[-1]}'.")
+        self.say(
+            module, f"gradient checkpointing: {len(names)} modules run again in the backward pass, '{names[0]}' to '{names[-1]}'."
+        )
 
     def _check_unmerged(self, handle: Handle) -> None:
         if handle.merged:

@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_peft.checkpoint import check_manifest, manifests_of, require_base
 from lightning_peft.checkpoint.reading import load_checkpoint
-from lightning_peft.loading.quantize import QuantizeOptions, quantize, require_same
+from lightning_peft.loading.quantize import quantize, require_same
+from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.strategies.install import reinstall
 from lightning_peft.surgery.anatomy import anatomy_of
 from lightning_peft.training import restoring

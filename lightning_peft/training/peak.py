@@ -76,7 +76,11 @@ class PeakMemory:
         expected = None
         with contextlib.suppress(Exception):  # an estimate is no reason for a run to fail
             expected = self._estimate(root, trainer, loss)
-        beside = "" if expected is None or self.largest is None else f"; estimated {size(expected)} for {self.largest[0]} × {self.largest[1]} tokens"
+        beside = (
+            ""
+            if expected is None or self.largest is None
+            else f"; estimated {size(expected)} for {self.largest[0]} × {self.largest[1]} tokens"
+        )
         return f"peak memory of fit: {self._seen()}{beside}."
 
     def _seen(self) -> str:

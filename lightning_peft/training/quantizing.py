@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.errors import ConfigError, ConflictError, UnsupportedLayerError
-from lightning_peft.loading.quantize import QuantizeOptions, quantize, require_same
-from lightning_peft.loading.selection import select
+from lightning_peft.loading.quantize import quantize, require_same
 from lightning_peft.quantization.backend import backend_of
+from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Train
 from lightning_peft.surgery.handle import Handle
+from lightning_peft.surgery.selection import select
 from lightning_peft.surgery.tree import join
 from lightning_peft.training.adapted_root import path_of, strip_root
 

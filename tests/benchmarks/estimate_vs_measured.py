@@ -66,10 +66,21 @@ class Combination:
         return f"{self.method}/{self.batch}x{self.length}{flags}"
 
 
-ALL = (
-    "lora/4x256 lora/1x256 lora/4x256/recompute lora/4x256/bf16 qlora/4x256/bf16 qlora/4x256/recompute/bf16 dora/4x256 prompt/4x256 "
-    "prompt/4x256/recompute bitfit/4x256 full/1x256 full/4x256 full/4x256/recompute"
-).split()
+ALL = [
+    "lora/4x256",
+    "lora/1x256",
+    "lora/4x256/recompute",
+    "lora/4x256/bf16",
+    "qlora/4x256/bf16",
+    "qlora/4x256/recompute/bf16",
+    "dora/4x256",
+    "prompt/4x256",
+    "prompt/4x256/recompute",
+    "bitfit/4x256",
+    "full/1x256",
+    "full/4x256",
+    "full/4x256/recompute",
+]
 
 
 def configured(c: Combination, base: str) -> Any:
@@ -111,7 +122,9 @@ def train(c: Combination, base: Any, folder: str) -> None:
             return torch.utils.data.DataLoader(rows, batch_size=c.batch)  # type: ignore[arg-type]
 
     if c.method == "bitfit":
-        base = AutoModelForCausalLM.from_pretrained(base, config=configured(c, base), dtype=torch.bfloat16 if c.bf16 else torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(
+            base, config=configured(c, base), dtype=torch.bfloat16 if c.bf16 else torch.float32
+        )
     quantization = "auto" if c.method.startswith("q") else None
     module = PEFTLightningModule(
         STRATEGIES[c.method],
@@ -135,7 +148,7 @@ def train(c: Combination, base: Any, folder: str) -> None:
     trainer.fit(module, Steps())
 
 
-def Reset() -> Any:  # noqa: N802 - a class that needs Lightning, which the parent never imports
+def Reset() -> Any:
     """Return a callback that starts the measurement: weights are there, nothing has trained.
 
     Weights that are read in their own dtype stay pages of the file, all of which is resident as long as one tensor is. They become
@@ -212,7 +225,9 @@ def child(text: str, tunables: str) -> dict[str, int]:
     """Measure a combination in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "GLIBC_TUNABLES": tunables}
-    result = subprocess.run([sys.executable, __file__, "--child", text], capture_output=True, text=True, check=False, env=environment)
+    result = subprocess.run(
+        [sys.executable, __file__, "--child", text], capture_output=True, text=True, check=False, env=environment
+    )
     if result.returncode:
         raise SystemExit(f"{text} failed:\n{result.stderr}")
     found: dict[str, int] = json.loads(result.stdout.strip().splitlines()[-1])

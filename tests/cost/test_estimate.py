@@ -130,7 +130,9 @@ def test_refused_models() -> None:
         lp.estimate(llama().requires_grad_(False), None, sequence_length=8)
 
 
-@pytest.mark.parametrize(("text", "nbytes"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("1.5M", 1_500_000), (512, 512), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("1.5M", 1_500_000), (512, 512), ("7", 7)]
+)
 def test_sizes_of_memory(text: Any, nbytes: int) -> None:
     assert memory(text) == nbytes
 
@@ -139,7 +141,13 @@ def test_sizes_of_memory(text: Any, nbytes: int) -> None:
     "sizes",
     [
         {},
-        {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8},
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        },
     ],
     ids=["7b", "70b"],
 )
@@ -149,7 +157,9 @@ def test_large_models_take_less_than_two_seconds(sizes: dict[str, int]) -> None:
     seconds = []
     for _ in range(3):
         start = time.process_time()  # of this process: others do not count
-        report = lp.estimate(LlamaConfig(**sizes), LORA, batch_size=4, sequence_length=1024, dtype="bfloat16", gradient_checkpointing=True)
+        report = lp.estimate(
+            LlamaConfig(**sizes), LORA, batch_size=4, sequence_length=1024, dtype="bfloat16", gradient_checkpointing=True
+        )
         seconds.append(time.process_time() - start)
     assert min(seconds) < 2
     assert report.parameters == (68_976_648_192 if sizes else 6_738_415_616)

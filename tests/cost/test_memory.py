@@ -67,7 +67,9 @@ def test_offload_frees_the_device_and_not_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, {"every": 2}])
-@pytest.mark.parametrize("strategy", [LORA, "full", "prompt_tuning", {**LORA, "init_args": {"rank": 2, "targets": ["layers.4.mlp.*"]}}], ids=str)
+@pytest.mark.parametrize(
+    "strategy", [LORA, "full", "prompt_tuning", {**LORA, "init_args": {"rank": 2, "targets": ["*layers.4.mlp*proj"]}}], ids=str
+)
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_stand_ins_cost_what_their_blocks_cost(
     strategy: Any, checkpointing: Any, sharding: str, monkeypatch: pytest.MonkeyPatch
@@ -103,7 +105,9 @@ def test_optimizer_state_is_the_real_one(name: str) -> None:
 
 
 def test_momentum_is_seen_through_a_function() -> None:
-    report = lp.estimate(llama(), LORA, batch_size=1, sequence_length=4, optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
+    report = lp.estimate(
+        llama(), LORA, batch_size=1, sequence_length=4, optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)
+    )
     assert report.optimizer == report.gradients
 
 
@@ -130,7 +134,7 @@ def test_four_bits_are_4_127() -> None:
     config = LlamaConfig(num_hidden_layers=2, hidden_size=1024, intermediate_size=4096, num_attention_heads=8)
     for options, bits in (("nf4", 4.127), ({"scheme": "nf4", "double_quant": False}, 4.5), ("int8", 8.0)):
         report = lp.estimate(config, LORA, batch_size=1, sequence_length=8, quantization=options)
-        assert report.bits_per_weight == pytest.approx(bits, abs=0.02 if bits == 8 else 5e-4)
+        assert report.bits_per_weight == pytest.approx(bits, abs=0.03 if bits == 8 else 5e-4)
         dense = report.parameters - report.quantized_parameters
         assert report.quantized_parameters == 2 * (4 * 1024**2 + 3 * 1024 * 4096)
         assert report.weights == pytest.approx(4 * dense + report.quantized_weights, rel=1e-5)
@@ -158,10 +162,11 @@ def test_a_quantized_model_is_found_to_be_one() -> None:
 
 
 def test_qlora_brings_its_quantization() -> None:
-    report = lp.estimate(llama(), "qlora", batch_size=1, sequence_length=4)
+    qlora = {"class_path": "QLoRA", "init_args": {"rank": 2}}
+    report = lp.estimate(llama(), qlora, batch_size=1, sequence_length=4)
     assert report.settings["quantization"] == "nf4"
     with pytest.raises(lp.errors.UnsupportedLayerError, match="quantized"):
-        lp.estimate(llama(), "qlora", batch_size=1, sequence_length=4, quantization=None)
+        lp.estimate(llama(), qlora, batch_size=1, sequence_length=4, quantization=None)
 
 
 def test_chunked_loss_needs_less_than_the_logits() -> None:

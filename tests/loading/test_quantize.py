@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.errors import ConfigError, ConflictError, DependencyError, PEFTError, TargetError, UnsupportedLayerError
-from lightning_peft.loading.quantize import QuantizeOptions
 from lightning_peft.quantization.backend import backend_of
+from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.quantization.preparation import loftq_factors, preparation_of
 from tests import backbones
 from tests.training import tiny

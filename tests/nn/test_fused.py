@@ -275,7 +275,9 @@ def test_hooks_of_the_layer_run_and_may_change_it(monkeypatch: pytest.MonkeyPatc
     plain = net(x)
     net[0].register_forward_hook(lambda m, a, y: y * 2)
     net[0].register_forward_pre_hook(lambda m, a: (a[0] + 1,))
-    torch.testing.assert_close(net(x), 2 * (plain + F.linear(torch.ones_like(x), net[0].weight + handle.entries[0].adapter.delta())))
+    torch.testing.assert_close(
+        net(x), 2 * (plain + F.linear(torch.ones_like(x), net[0].weight + handle.entries[0].adapter.delta()))
+    )
 
 
 def test_a_trained_bias_gets_its_gradient() -> None:
