@@ -50,6 +50,7 @@ class Cost:
     Args:
         rise: Bytes of the forward's peak above its start.
         kept: Bytes more alive after the forward than before, outputs left out: saved for the backward pass, or put into a cache.
+        cached: Bytes of the tensors that were put into a KV cache; where they are parts of larger ones, less than ``kept``.
         flops: Operations of the forward.
         holds: Which of the arguments the backward pass needs, by position.
         out: The outputs, tensors as :class:`_Shape`; and how they were nested.
@@ -61,6 +62,7 @@ class Cost:
 
     rise: int
     kept: int
+    cached: int
     flops: int
     holds: list[int]
     out: tuple[list[Any], Any]
@@ -82,7 +84,8 @@ class Blocks:
     def __init__(self, tracer: Tracer, model: nn.Module, blocks: Mapping[nn.Module, Hashable]) -> None:
         self.tracer, self.blocks = tracer, blocks
         self.costs: dict[Hashable, Cost] = {}
-        self.cached = 0  # bytes that stand-ins would have put into a cache
+        self.cached = 0  # bytes that the blocks would have put into a cache
+        self._elsewhere = 0  # bytes booked for those of them that stood in
         self.gradients: set[nn.Parameter] = set()  # those that stand-ins have made
         inside = {id(p) for block in blocks for p in block.parameters()}
         self._outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
@@ -98,7 +101,7 @@ class Blocks:
             del block.forward
             if before is not None:
                 block.forward = before
-        self.tracer.book(-self.cached - sum(self._gradient_bytes(p) for p in self.gradients))
+        self.tracer.book(-self._elsewhere - sum(self._gradient_bytes(p) for p in self.gradients))
 
     def make_gradient(self, parameter: nn.Parameter) -> None:
         """Book the gradient of a parameter, once."""
@@ -133,7 +136,7 @@ class Blocks:
         args, kwargs = tree_unflatten(alone, nesting)
         still = [weakref.ref(x) if isinstance(x, Tensor) and not x.requires_grad else None for x in alone]
         del alone
-        watch = tracer.watch()
+        watch, cached = tracer.watch(), sum(map(_cached, leaves))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = inner(*args, **kwargs)
         watch.stop()
@@ -148,7 +151,7 @@ class Blocks:
             for i, (x, ref) in enumerate(zip(leaves, still, strict=True))
             if isinstance(x, Tensor) and (x.untyped_storage()._cdata in saved or (ref is not None and ref() is not None))
         ]
-        cost = Cost(watch.rise, kept, watch.flops, holds, (shapes, form))
+        cost = Cost(watch.rise, kept, sum(map(_cached, leaves)) - cached, watch.flops, holds, (shapes, form))
         del out
         flowing = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
         if flowing:
@@ -180,8 +183,9 @@ class Blocks:
             made = iter(_StandIn.apply(self, cost, parameters, held, *moving))  # type: ignore[no-untyped-call]
         else:
             made = iter([torch.empty(s.size, dtype=s.dtype) for s in shapes if isinstance(s, _Shape)])
+            self.cached += cost.cached
             if not filled:
-                self.cached += cost.kept
+                self._elsewhere += cost.kept
                 self.tracer.book(cost.kept)
         return tree_unflatten([next(made) if isinstance(s, _Shape) else s for s in shapes], form)
 
@@ -238,6 +242,15 @@ def signature(block: nn.Module) -> Hashable:
         )
         lines.append((path, type(module), described, settings, _callable(vars(module).get("forward"))))
     return tuple(lines)
+
+
+def _cached(leaf: Any) -> int:
+    """Return the bytes of the tensors in a KV cache of transformers, 0 for anything else."""
+    if hasattr(leaf, "self_attention_cache"):
+        return _cached(leaf.self_attention_cache) + _cached(leaf.cross_attention_cache)
+    if isinstance(leaf, Tensor) or not hasattr(leaf, "get_seq_length"):
+        return 0
+    return sum(t.nbytes for layer in leaf.layers for t in vars(layer).values() if isinstance(t, Tensor))
 
 
 def _callable(forward: Any) -> Hashable:

@@ -59,15 +59,13 @@ def trace_generation(planned: Planned, *, batch: int, prompt: int, again: bool =
     tracer, model = planned.tracer, planned.model
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
     with _evaluating(planned), runs(planned), torch.no_grad():
-        with Blocks(tracer, model, planned.blocks):
-            before, watch = tracer.live, tracer.watch()
+        with Blocks(tracer, model, planned.blocks) as blocks:
+            watch = tracer.watch()
             out = model(**_texts(planned, batch, prompt), use_cache=True, **last)
             prefill = watch.flops
             more = _next(planned, out, batch)
+            kv = blocks.cached
             del out
-            encoded = sum(t[0].nbytes for name, t in more.items() if name == "encoder_outputs")
-            fed = sum(t.nbytes for t in more.values() if isinstance(t, torch.Tensor))
-            kv = tracer.live - before - encoded - fed
             watch = tracer.watch()
             out = model(**more, use_cache=True)
             decode = watch.flops
