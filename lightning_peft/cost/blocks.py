@@ -84,8 +84,8 @@ class Blocks:
     def __init__(self, tracer: Tracer, model: nn.Module, blocks: Mapping[nn.Module, Hashable]) -> None:
         self.tracer, self.blocks = tracer, blocks
         self.costs: dict[Hashable, Cost] = {}
-        self.cached = 0  # bytes that the blocks would have put into a cache
-        self._elsewhere = 0  # bytes booked for those of them that stood in
+        self.cached = 0  # bytes that stand-ins would have put into a cache
+        self._elsewhere = 0  # bytes booked for that
         self.gradients: set[nn.Parameter] = set()  # those that stand-ins have made
         inside = {id(p) for block in blocks for p in block.parameters()}
         self._outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
@@ -136,7 +136,7 @@ class Blocks:
         args, kwargs = tree_unflatten(alone, nesting)
         still = [weakref.ref(x) if isinstance(x, Tensor) and not x.requires_grad else None for x in alone]
         del alone
-        watch, cached = tracer.watch(), sum(map(_cached, leaves))
+        watch, cached = tracer.watch(), sum(map(cached_bytes, leaves))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = inner(*args, **kwargs)
         watch.stop()
@@ -151,7 +151,7 @@ class Blocks:
             for i, (x, ref) in enumerate(zip(leaves, still, strict=True))
             if isinstance(x, Tensor) and (x.untyped_storage()._cdata in saved or (ref is not None and ref() is not None))
         ]
-        cost = Cost(watch.rise, kept, sum(map(_cached, leaves)) - cached, watch.flops, holds, (shapes, form))
+        cost = Cost(watch.rise, kept, sum(map(cached_bytes, leaves)) - cached, watch.flops, holds, (shapes, form))
         del out
         flowing = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
         if flowing:
@@ -183,8 +183,8 @@ class Blocks:
             made = iter(_StandIn.apply(self, cost, parameters, held, *moving))  # type: ignore[no-untyped-call]
         else:
             made = iter([torch.empty(s.size, dtype=s.dtype) for s in shapes if isinstance(s, _Shape)])
-            self.cached += cost.cached
             if not filled:
+                self.cached += cost.cached
                 self._elsewhere += cost.kept
                 self.tracer.book(cost.kept)
         return tree_unflatten([next(made) if isinstance(s, _Shape) else s for s in shapes], form)
@@ -244,10 +244,10 @@ def signature(block: nn.Module) -> Hashable:
     return tuple(lines)
 
 
-def _cached(leaf: Any) -> int:
+def cached_bytes(leaf: Any) -> int:
     """Return the bytes of the tensors in a KV cache of transformers, 0 for anything else."""
     if hasattr(leaf, "self_attention_cache"):
-        return _cached(leaf.self_attention_cache) + _cached(leaf.cross_attention_cache)
+        return cached_bytes(leaf.self_attention_cache) + cached_bytes(leaf.cross_attention_cache)
     if isinstance(leaf, Tensor) or not hasattr(leaf, "get_seq_length"):
         return 0
     return sum(t.nbytes for layer in leaf.layers for t in vars(layer).values() if isinstance(t, Tensor))

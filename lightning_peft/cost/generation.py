@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_peft.cost.blocks import Blocks
+from lightning_peft.cost.blocks import Blocks, cached_bytes
 from lightning_peft.cost.planned import Planned
 from lightning_peft.cost.step import runs
 from lightning_peft.surgery.stack import stacks
@@ -64,7 +64,7 @@ def trace_generation(planned: Planned, *, batch: int, prompt: int, again: bool =
             out = model(**_texts(planned, batch, prompt), use_cache=True, **last)
             prefill = watch.flops
             more = _next(planned, out, batch)
-            kv = blocks.cached
+            kv = blocks.cached + cached_bytes(out.past_key_values)
             del out
             watch = tracer.watch()
             out = model(**more, use_cache=True)

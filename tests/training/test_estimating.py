@@ -20,7 +20,7 @@ from tests.cost.test_flops import llama
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
-    llama().save_pretrained(tmp_path / "base")
+    llama(attn_implementation="sdpa").save_pretrained(tmp_path / "base")
     written = {
         "trainer": {"accelerator": "cpu", "precision": "bf16-true"},
         "model": {
@@ -43,7 +43,9 @@ def test_the_config_of_fit_is_read(config: str, capsys: pytest.CaptureFixture[st
     found = json.loads(run(capsys, "--config", config, "--json"))
     lora = {"class_path": "LoRA", "init_args": {"rank": 2, "targets": "all-linear"}}
     options: dict[str, Any] = dict(precision="bf16-true", gradient_checkpointing={"every": 2}, padded=True, device="cpu")
-    assert found == json.loads(json.dumps(lp.estimate(llama(), lora, batch_size=3, sequence_length=16, **options).to_dict()))
+    assert found == json.loads(
+        json.dumps(lp.estimate(llama(attn_implementation="sdpa"), lora, batch_size=3, sequence_length=16, **options).to_dict())
+    )
     other = json.loads(run(capsys, "--config", config, "--json", "--data.batch_size=6"))
     assert other["batch_size"] == 6
     assert "KV cache" in run(capsys, "--config", config)
@@ -78,6 +80,7 @@ def test_chart_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         estimating.chart([lp.estimate(llama(), "lora", sequence_length=4)], tmp_path / "x.png")
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_callback_prints_the_peak_beside_the_estimate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
