@@ -250,7 +250,7 @@ def cached_bytes(leaf: Any) -> int:
         return cached_bytes(leaf.self_attention_cache) + cached_bytes(leaf.cross_attention_cache)
     if isinstance(leaf, Tensor) or not hasattr(leaf, "get_seq_length"):
         return 0
-    return sum(t.nbytes for layer in leaf.layers for t in vars(layer).values() if isinstance(t, Tensor))
+    return sum(t.nbytes for layer in leaf.layers for t in vars(layer).values() if isinstance(t, Tensor) and t.dim())
 
 
 def _callable(forward: Any) -> Hashable:
