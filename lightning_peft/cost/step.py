@@ -29,6 +29,7 @@ from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.nn.chunked_loss import chunk_rows, chunked_cross_entropy, head_parameters
 
 Loss: TypeAlias = Literal["chunked", "full"]
+CHUNKS = 4  # of a chunked loss that are run; the others are like them
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _traced(planned: Planned, score: _Score, args: tuple[Tensor, ...], kwargs: d
     total = score.of(args, kwargs)
     forward, at_head, forward_flops = score.body.peak, score.at_head, tracer.flops - flops
     tracer.book(-old)
-    back = _Backward(tracer, score.tail)
+    back = _Backward(tracer, score.tail, score.left_out)
     if score.hidden is not None and score.hidden.requires_grad:
         score.hidden.register_hook(back.leaves_loss)
     score.hidden = None
@@ -134,13 +135,14 @@ def _traced(planned: Planned, score: _Score, args: tuple[Tensor, ...], kwargs: d
 class _Backward:
     """Divides the backward pass where the gradient leaves loss and output head."""
 
-    def __init__(self, tracer: Tracer, tail: Watch) -> None:
-        self.tracer, self.tail = tracer, tail
+    def __init__(self, tracer: Tracer, tail: Watch, left_out: int) -> None:
+        self.tracer, self.tail, self.left_out = tracer, tail, left_out
         self.watch: Watch | None = None
 
     def leaves_loss(self, gradient: Tensor | None = None) -> None:
         if self.watch is None:
             self.tail.stop()
+            self.tracer.book(-self.left_out)
             self.watch = self.tracer.watch()
 
 
@@ -148,7 +150,7 @@ class _Score:
     """Forward and loss of a batch.
 
     After :meth:`of`: ``body`` has watched the forward pass up to the output head and ``tail`` watches since then; ``at_head`` is what
-    was alive between; ``hidden`` is what the head read.
+    was alive between; ``hidden`` is what the head read; ``left_out`` are bytes booked for chunks of positions that were not run.
     """
 
     body: Watch
@@ -158,6 +160,7 @@ class _Score:
     def __init__(self, planned: Planned, loss: Loss, labelled: float) -> None:
         self.planned, self.loss, self.labelled = planned, loss, labelled
         self.hidden: Tensor | None = None
+        self.left_out = 0
 
     def start(self) -> None:
         """Begin to watch."""
@@ -197,10 +200,17 @@ class _Score:
         del logits
         rows = self._labelled(self.hidden)
         classes = head(rows[:1]).shape[-1]
-        with self.planned.tracer.any_values():
-            targets, parameters = torch.zeros(len(rows), dtype=torch.long), head_parameters(head, rows[:1])
-            total: Tensor = chunked_cross_entropy(rows, targets, head, parameters, chunk=chunk_rows(classes))
-            return total
+        tracer, chunk = self.planned.tracer, chunk_rows(classes)
+        some = rows[: CHUNKS * chunk]
+        # The gradient of the positions that are left out is kept, too.
+        self.left_out = (len(rows) - len(some)) * rows.shape[1] * rows.element_size()
+        tracer.book(self.left_out)
+        with tracer.any_values():
+            targets, parameters = torch.zeros(len(some), dtype=torch.long), head_parameters(head, rows[:1])
+            before = tracer.flops
+            total: Tensor = chunked_cross_entropy(some, targets, head, parameters, chunk=chunk)
+        tracer.flops += (tracer.flops - before) * (len(rows) - len(some)) // len(some)
+        return total
 
     def _reaches_head(self) -> None:
         tracer = self.planned.tracer

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.cost import planned as planning
+from lightning_peft.cost import step as stepping
 from lightning_peft.cost.quantized import stored_bytes
 from lightning_peft.quantization.config import Quantization
 from tests.cost.test_flops import B, S, gpt2, ids, llama
@@ -175,6 +176,17 @@ def test_chunked_loss_needs_less_than_the_logits() -> None:
     assert chunked.loss_buffers < 1.2 * logits
     few = lp.estimate(model, LORA, loss="full", labelled=0.1, **options)
     assert few.loss_buffers == pytest.approx(0.1 * full.loss_buffers, rel=0.1)
+
+
+def test_chunks_that_are_left_out_cost_what_they_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(vocab_size=20_000)  # 209 positions a chunk
+    options: dict[str, Any] = dict(batch_size=4, sequence_length=400, generate=False)
+    some = lp.estimate(model, LORA, **options)
+    monkeypatch.setattr(stepping, "CHUNKS", 100)
+    whole = lp.estimate(model, LORA, **options)
+    assert some.forward_flops == whole.forward_flops
+    assert some.peak == pytest.approx(whole.peak, rel=0.01)
+    assert some.loss_buffers == pytest.approx(whole.loss_buffers, rel=0.01)
 
 
 def test_precision_changes_what_is_kept() -> None:
