@@ -26,7 +26,7 @@ from lightning_peft.training.namespace import is_a, overrides
 from lightning_peft.training.optimizers import reach, split_groups
 from lightning_peft.training.quantizing import check_quantized, check_run, quantize_base, require_before
 from lightning_peft.training.run_state import Run
-from lightning_peft.training.shards import SHARDED
+from lightning_peft.training.shards import SHARDED, agree
 from lightning_peft.training.trainer_hooks import TrainerHooks
 from lightning_peft.types import AdapterDtype
 
@@ -99,6 +99,7 @@ class Installer(pl.Callback):
                     f"adapter '{self.name}' is installed already, so init_from='{self.init_from}' would be ignored. Leave init_from out "
                     "to go on with the adapter as it is, or remove it first: handles(model)[name].remove()."
                 )
+        agree(handle)
         train_whole(handle, self.extras_of(module).values())
         return handle
 

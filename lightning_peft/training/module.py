@@ -209,6 +209,7 @@ class PEFTLightningModule(pl.LightningModule):
         if self.base is None or self.adapter_name not in handles(self.base):
             self._adapt()
         if self.device_mesh is not None and not in_pieces(self.base.parameters()):
+            self.peft.install(self)  # once more: a model that was given was adapted before there were other ranks
             shard(self.base, data_parallel(self.device_mesh))
 
     def _adapt(self) -> None:

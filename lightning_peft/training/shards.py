@@ -16,8 +16,9 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.surgery.handle import Handle
 from lightning_peft.training.namespace import is_a
-from lightning_peft.types import placed, strip_wrappers, whole
+from lightning_peft.types import in_pieces, placed, strip_wrappers, whole
 
 SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
 """Lightning strategies that keep a parameter in pieces."""
@@ -155,6 +156,20 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by key, as the strategy has left them, without the prefixes of wrappers."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {strip_wrappers(name): tensor for name, tensor in named}
+
+
+def agree(handle: Handle) -> None:
+    """Give every rank the adapter of rank zero, while it is whole: FSDP does not, and without a seed each has drawn its own."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    own = [slot.tensor() for slot in handle.slots if not slot.claimed]
+    if in_pieces(own) or any(tensor.is_meta for tensor in own):
+        return
+    values: list[Any] = [[tensor.detach().cpu() for tensor in own] if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(values)
+    with torch.no_grad():
+        for tensor, value in zip(own, values[0], strict=True):
+            tensor.copy_(value)
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

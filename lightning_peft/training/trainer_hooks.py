@@ -31,6 +31,7 @@ from lightning_peft.training import restoring, units
 from lightning_peft.training.adapted_root import other_keys, path_of
 from lightning_peft.training.namespace import is_a
 from lightning_peft.training.shards import SHARDED, Shards, tensors_of
+from lightning_peft.types import in_pieces
 
 ATTRIBUTE = "_peft_hooks"
 
@@ -256,9 +257,14 @@ class TrainerHooks:
             for owner, handle in self.installed():
                 units.prepare_fsdp1(self.strategy, handle, functools.partial(owner.say, self.module))
             return module
-        for slot, wide in saved:
-            if slot.tensor().dtype.itemsize < wide.dtype.itemsize:
+        narrowed = [(slot, wide) for slot, wide in saved if slot.tensor().dtype.itemsize < wide.dtype.itemsize]
+        for slot, wide in narrowed:
+            if in_pieces([wide]):  # a DTensor takes no data of another dtype
+                slot.owner._parameters[slot.attribute] = nn.Parameter(wide, slot.tensor().requires_grad)
+            else:
                 slot.tensor().data = wide.to(slot.tensor().device)
+        if in_pieces(wide for _, wide in narrowed):
+            module._apply(lambda tensor: tensor)  # FSDP2 takes note of new parameters after whatever moves a module
         return module
 
     def setup_optimizers(self, original: Callable[[Any], None], trainer: Any) -> None:

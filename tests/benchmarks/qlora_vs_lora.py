@@ -25,7 +25,7 @@ import lightning.pytorch as pl  # noqa: E402
 
 import lightning_peft as lp  # noqa: E402
 
-RANK, STEPS, BATCH, LENGTH = 16, 100, 8, 128
+RANK, STEPS, BATCH, LENGTH = 16, 50, 4, 128
 CLAIM = 0.03  # by which the mean loss of QLoRA may be above that of LoRA
 
 
@@ -41,7 +41,7 @@ def train(base: str, source: str, quantization: Mapping[str, Any] | None, *, see
     """Train on the messages of one split; ``quantization`` as :class:`lightning_peft.PEFTLightningModule` takes it."""
     pl.seed_everything(seed, verbose=False)
     data = lp.PEFTDataModule(
-        data_path=source, packing=True, max_length=LENGTH, val_fraction=0.1, batch_size=BATCH, truncation="right", seed=seed
+        data_path=source, packing=True, max_length=LENGTH, val_fraction=0.05, batch_size=BATCH, truncation="right", seed=seed
     )
     module = lp.PEFTLightningModule(
         lp.LoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"),
@@ -49,7 +49,7 @@ def train(base: str, source: str, quantization: Mapping[str, Any] | None, *, see
         task="causal_lm",
         dtype="bfloat16",
         quantization=None if quantization is None else dict(quantization),
-        lr=2e-4,
+        lr=5e-4,
         warmup=0.1,
         callback={"verbose": False},
     )

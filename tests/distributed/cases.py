@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 import lightning_peft as lp
 import lightning_peft.errors
 from lightning_peft.training.cli import main
+from lightning_peft.training.shards import Shards
 from tests.training import tiny
 
 STEPS, BATCH, LENGTH = 20, 4, 9
@@ -246,3 +247,20 @@ def fit_text(
     callbacks = [keep] if interrupt is None else [keep, Interrupt(*interrupt)]
     run = trainer(kind, folder, *callbacks, enable_checkpointing=True)
     run.fit(module(method, dropout=0.1), data, ckpt_path=start)
+
+
+def start_unseeded(kind: str, folder: Path) -> list[Any]:
+    """Return the A of the first layer of a model without a seed, before the run and at its start."""
+    torch.seed()
+    found = []
+
+    class Look(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            shards = Shards(trainer.strategy.model)
+            found.append(shards.whole(slot.tensor(), slot.tensor()))
+
+    model = module("LoRA")
+    slot = next(s for s in model.handle.slots if s.key.endswith("q_proj.lora_A"))
+    before = slot.tensor().detach().clone()
+    trainer(kind, folder, Look(), max_steps=1).fit(model, loader(kind))
+    return [before.tolist(), found[0].tolist()]

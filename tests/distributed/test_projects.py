@@ -91,3 +91,10 @@ def test_saving_does_not_gather_the_frozen_base(tmp_path: Path) -> None:
         assert figures["sent"] < weights / 4
         assert figures["file"] < weights / 4
     assert ranks.run(sharded_save.measure, "fsdp2", "full", tmp_path, small)[0]["sent"] > weights / 4  # it can tell
+
+
+@pytest.mark.parametrize("kind", cases.GROUPS)
+def test_every_rank_starts_from_the_adapter_of_rank_zero(kind: str, tmp_path: Path) -> None:
+    (own, start), (other, same) = ranks.run(cases.start_unseeded, kind, tmp_path)
+    assert own != other  # each has drawn its own
+    assert start == same == own
