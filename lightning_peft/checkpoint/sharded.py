@@ -97,7 +97,9 @@ class ShardedCheckpoint:
             raise
         except pickle.UnpicklingError as error:
             raise FormatError(f"'{self.folder}' cannot be loaded safely: {str(error).splitlines()[0]}.") from error
-        except Exception as error:  # damaged bytes can fail anywhere
+        except BaseException as error:  # damaged bytes can fail anywhere; torch's CheckpointException is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "CheckpointException":
+                raise
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise FormatError(f"'{self.folder}' is no sharded checkpoint, or is incomplete: {reason}") from error
 
@@ -121,15 +123,17 @@ class ShardedCheckpoint:
         return {key: record for key, record in known.items() if isinstance(record, TensorStorageMetadata)}
 
     def _flat(self, values: bool) -> dict[str, Any]:
-        from torch.distributed import checkpoint as dcp
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         index, plain = self._index, {}
 
-        class Reader(dcp.FileSystemReader):
+        class Reader(FileSystemReader):
             def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
                 return index
 
-        class Planner(dcp.DefaultLoadPlanner):
+        class Planner(DefaultLoadPlanner):
             def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
                 plain[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
 
@@ -141,7 +145,7 @@ class ShardedCheckpoint:
         flat |= {key: io.BytesIO() for key in index.state_dict_metadata.keys() - tensors.keys()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*intent is to load in a single process")
-            dcp.load(flat, storage_reader=Reader(self.folder), planner=Planner(flatten_state_dict=False), no_dist=True)
+            load(flat, storage_reader=Reader(self.folder), planner=Planner(flatten_state_dict=False), no_dist=True)
         return flat | plain
 
 

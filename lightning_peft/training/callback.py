@@ -51,6 +51,9 @@ class PEFTCallback(Installer):
     (``<default_root_dir>/adapter`` without a logger; one level deeper for names other than ``default``), with the tokenizer of the
     LightningModule or data module. Not under ``fast_dev_run``, nor when ``fit`` did not end by itself.
 
+    A ``.ckpt`` is the same under DDP, FSDP1 and FSDP2 and on one process, and resumes under any of them. Under FSDP2 a module that shards
+    itself in ``configure_model`` calls :meth:`apply` before; see :func:`lightning_peft.shard`.
+
     Under ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` call :meth:`apply` before ``fit``; else the trained adapter would stay in
     the child processes. Place the callback before weight averaging callbacks, which copy the module in ``setup``.
 

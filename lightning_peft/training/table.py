@@ -71,12 +71,12 @@ def render(handle: Handle, root: str, others: Mapping[str, nn.Parameter], counte
     rows: dict[tuple[str, str], list[int]] = {}
     for slot in handle.trainable_slots():
         place, _, tensor = slot.key.rpartition(".")
-        shape = shards.shape(slot.tensor())
-        rows.setdefault((_pattern(place), f"{tensor} {'x'.join(map(str, shape))}"), []).append(shape.numel())
+        size = shards.shape(slot.tensor())
+        rows.setdefault((_pattern(place), f"{tensor} {'x'.join(map(str, size))}"), []).append(size.numel())
     for name, parameter in others.items():
         place, _, tensor = name.rpartition(".")
-        shape = shards.shape(parameter)
-        rows.setdefault((f"{place} (whole)", f"{tensor} {'x'.join(map(str, shape))}"), []).append(shape.numel())
+        size = shards.shape(parameter)
+        rows.setdefault((f"{place} (whole)", f"{tensor} {'x'.join(map(str, size))}"), []).append(size.numel())
     strategy = type(handle.strategy).__name__
     place = f"'{root}'" if root else "the LightningModule itself"
     table = Table(

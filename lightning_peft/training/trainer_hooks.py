@@ -24,7 +24,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.checkpoint import ShardedCheckpoint, is_sharded, live_keys, manifest_of, stamp, strip_wrappers
+from lightning_peft.checkpoint import (
+    ShardedCheckpoint,
+    is_sharded,
+    live_keys,
+    load_checkpoint,
+    manifest_of,
+    stamp,
+    strip_wrappers,
+)
 from lightning_peft.errors import ConfigError
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.training import restoring, units
@@ -120,8 +128,9 @@ class TrainerHooks:
         """Return whether a checkpoint is one file, which holds whole tensors, though they lie in pieces."""
         if not self.sharded or self.kept() is None:
             return False
-        pieces = self.strategy._state_dict_type != "full" if is_a(self.strategy, "FSDPStrategy") else None
-        return not (self.strategy._save_distributed_checkpoint if pieces is None else pieces)
+        if is_a(self.strategy, "FSDPStrategy"):
+            return bool(self.strategy._state_dict_type == "full")
+        return not self.strategy._save_distributed_checkpoint
 
     def _shards(self) -> Shards:
         return Shards(self.strategy.model)
@@ -225,16 +234,17 @@ class TrainerHooks:
 
     def _load_pieces(self, path: Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load whole tensors, which every rank reads, into what lies in pieces, optimizers included."""
-        if is_sharded(path):
-            checkpoint = ShardedCheckpoint(path).read()
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        checkpoint = dict(load_checkpoint(path)) if weights_only is not False else torch.load(path, "cpu", weights_only=False)
         shards, live = self._shards(), tensors_of(self.module)
         checkpoint = restoring.prepare(checkpoint, f"'{path}'", self.module, self.installed(), shards)
         for key, value in checkpoint["state_dict"].items():
             shards.write(value, live[strip_wrappers(key)])
-        if getattr(self.module.trainer.state, "fn", None) == "fit":
-            for optimizer, state in zip(self.strategy.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+        trainer: Any = self.module.trainer
+        if trainer.state.fn == "fit":
+            states = checkpoint.get("optimizer_states", ())  # Lightning itself says what it thinks of a checkpoint without
+            if states and len(states) != len(self.strategy.optimizers):
+                raise ConfigError(f"'{path}' holds {len(states)} optimizers, this run has {len(self.strategy.optimizers)}.")
+            for optimizer, state in zip(self.strategy.optimizers, states, strict=bool(states)):
                 shards.load_optimizer_state(optimizer, state)
         return checkpoint
 

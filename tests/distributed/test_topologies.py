@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lightning_peft as lp
 from lightning_peft.checkpoint import read_adapter
 from tests.distributed import cases, ranks
 from tests.distributed.test_cells import adapter, furthest
@@ -54,3 +55,6 @@ def test_adapters_are_read_from_any_checkpoint(writer: str, written: dict[str, P
     assert furthest(dict(expected.state), dict(found.state)) < 1e-5
     assert found.manifest["base"] == expected.manifest["base"]
     assert all(type(tensor) is torch.Tensor for tensor in found.state.values())
+    assert "adapter 'default'" in lp.inspect_adapter(written[writer] / "step=8.ckpt")
+    model = lp.load_from_checkpoint(lp.PEFTLightningModule, written[writer] / "step=8.ckpt", base=cases.base())
+    assert furthest(dict(found.state), model.handle.state_dict()) == 0.0
