@@ -119,18 +119,19 @@ class KroneckerAdapter(DeltaModule):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return W₁ and W₂."""
-        own = self._parameters
-        w1, w2 = (own[n] if n in own else own[f"{n}_a"] @ own[f"{n}_b"] for n in ("lokr_w1", "lokr_w2"))  # type: ignore[operator]
-        assert w1 is not None
-        assert w2 is not None
-        return w1, w2
+        return self._factor("lokr_w1"), self._factor("lokr_w2")
+
+    def _factor(self, name: str) -> Tensor:
+        if name in self._parameters:
+            return self.get_parameter(name)
+        return self.get_parameter(f"{name}_a") @ self.get_parameter(f"{name}_b")
 
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). For a linear layer (W₁ ⊗ W₂) x is W₁ X W₂ᵀ, x written as a matrix X (i₁, i₂)."""
         if self.spec.kind != "linear":
             return super().forward(base, x)
         w1, w2 = (w.to(x.dtype) for w in self.factors())
-        X = F.dropout(x, self.dropout, self.training).unflatten(-1, (w1.shape[1], w2.shape[1]))
+        X: Tensor = F.dropout(x, self.dropout, self.training).unflatten(-1, (w1.shape[1], w2.shape[1]))
         return base(x) + self.scaling * (w1 @ (X @ w2.mT)).flatten(-2)
 
     def delta(self) -> Tensor:
