@@ -27,6 +27,7 @@ class LayerSpec:
         out_features: Rows of the canonical weight; output channels.
         in_features: Columns of the canonical weight. Convolution: in_channels / groups x kernel size. Norm: 1.
         groups: Convolution groups; 1 for anything else.
+        kernel: Kernel size of a convolution, its dimensions multiplied; 1 for anything else.
         batch: Leading dimensions of the canonical weight, ``(experts,)`` for an expert stack.
         has_bias: The layer has a bias of ``out_features``.
         has_input: The adapter sees the layer's input. False for weights that are read inside somebody else's forward: then
@@ -39,6 +40,7 @@ class LayerSpec:
     out_features: int
     in_features: int
     groups: int = 1
+    kernel: int = 1
     batch: tuple[int, ...] = ()
     has_bias: bool = False
     has_input: bool = True
@@ -85,6 +87,15 @@ class BaseLayer(Protocol):
                 nothing that could be dropped.
             gain: g ``(out,)``, None for 1. Together with dropout the result is ``W x + (g - 1) ⊙ W drop(x) + g ⊙ c B A drop(x) + b``
                 (DoRA, arXiv 2402.09353, as its authors' code has it).
+        """
+
+    def full_rank(self, x: Tensor, delta: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """Return ``W x + ΔW drop(x) + b``, the layer and a branch beside it that is given as one matrix.
+
+        Args:
+            x: Input of the layer.
+            delta: ΔW ``(out, in)``, which reads ``x`` as the layer does.
+            dropout: As in :meth:`low_rank`.
         """
 
 
@@ -157,9 +168,15 @@ class MergeableModule(AdapterModule):
 class DeltaModule(MergeableModule):
     """A mergeable adapter that adds ``delta()`` to the weight and leaves the bias alone."""
 
+    dropout: float = 0.0
+
     @abstractmethod
     def delta(self) -> Tensor:
         """Return ΔW, canonical ``(*batch, out, in)``, in the dtype of the adapter's parameters."""
+
+    def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), by ΔW as one matrix; a method that knows a leaner way overrides it."""
+        return base.full_rank(x, self.delta(), dropout=self.dropout if self.training else 0.0)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta().to(weight.dtype), bias
