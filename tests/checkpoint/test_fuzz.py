@@ -6,9 +6,11 @@ Mutations follow from seeds, so that a failure names the case that repeats it. E
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import itertools
 import json
+import math
 import random
 import signal
 import struct
@@ -21,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -31,12 +32,14 @@ from torch import Tensor
 
 import lightning_peft as lp
 from lightning_peft.checkpoint import AdapterFile, adapter_of, check_manifest, manifest_of, read_adapter, stamp
+from lightning_peft.checkpoint.manifest import sealed
 from lightning_peft.errors import FormatError, PEFTError
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.untrusted import check_safetensors
 from tests.checkpoint.toys import STRATEGIES, Net, Whole, adapted, assert_same, snapshot, x
 
 TENSORS, MANIFEST = "adapter.safetensors", "adapter.json"
+RESEALED = f"{TENSORS}, its checksum made to fit"
 DEADLINE = 10.0  # seconds for a case that takes milliseconds
 SUBJECTS = ("lora with biases", "vera", "composed")
 
@@ -162,8 +165,12 @@ def case(target: str, subject: str, seed: int, folder: Path) -> str:
         path.write_bytes(mutated(checkpoint, rng))
     else:
         path = folder
-        for name, data in files.items():
-            (folder / name).write_bytes(mutated(data, rng) if name == target else data)
+        damaged = {name: mutated(data, rng) if name in target else data for name, data in files.items()}
+        if target == RESEALED:
+            manifest = {**original.manifest, "file": {"sha256": hashlib.sha256(damaged[TENSORS]).hexdigest()}}
+            damaged[MANIFEST] = json.dumps(sealed(manifest)).encode()
+        for name, data in damaged.items():
+            (folder / name).write_bytes(data)
     try:
         with deadline():
             found = read_adapter(path)
@@ -185,7 +192,7 @@ def run(target: str, cases: int, folder: Path) -> Counter[str]:
     return tally
 
 
-TARGETS = {MANIFEST: 1500, TENSORS: 1000, "checkpoint": 1000}
+TARGETS = {MANIFEST: 1000, TENSORS: 500, RESEALED: 700, "checkpoint": 800}
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -193,13 +200,13 @@ TARGETS = {MANIFEST: 1500, TENSORS: 1000, "checkpoint": 1000}
 def test_mutated_files(target: str, tmp_path: Path) -> None:
     tally = run(target, TARGETS[target], tmp_path)
     assert tally["FormatError"] > 0.8 * TARGETS[target]
-    if target != TENSORS:  # spaces, and bytes between the records; of the tensor file every byte counts
+    if target in (MANIFEST, "checkpoint"):  # spaces, and bytes between the records; of the tensor file every byte counts
         assert tally["equal"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize(("target", "cases"), [(MANIFEST, 8000), (TENSORS, 5000), ("checkpoint", 7000)])
+@pytest.mark.parametrize(("target", "cases"), [(MANIFEST, 6000), (TENSORS, 2000), (RESEALED, 5000), ("checkpoint", 7000)])
 def test_twenty_thousand_mutated_files(target: str, cases: int, tmp_path: Path) -> None:
     assert sum(run(target, cases, tmp_path).values()) == cases
 
@@ -271,7 +278,7 @@ def forge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @hypothesis.settings(SETTINGS, max_examples=250)
 @hypothesis.given(st.data(), st.sampled_from(SUBJECTS))
-@pytest.mark.filterwarnings("ignore:adapter '.*' was saved with", "ignore:adapter '.*': the base weights could not be compared")
+@pytest.mark.filterwarnings("ignore:adapter '.*' was saved with", "ignore:.*base weights could not be compared")
 def test_a_forged_folder_is_installed_whole_or_not_at_all(forge: Path, data: Any, subject: str) -> None:
     files, _, original = originals(subject)
     manifest = {key: value for key, value in original.manifest.items() if key != "checksum"}
@@ -296,13 +303,12 @@ def test_a_forged_folder_is_installed_whole_or_not_at_all(forge: Path, data: Any
 # ---------------------------------------------------------------- headers of tensor files
 
 DTYPES = {
-    "F32": np.float32,
-    "F64": np.float64,
-    "F16": np.float16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -310,7 +316,7 @@ DTYPES = {
 @hypothesis.given(
     st.lists(
         st.tuples(
-            st.sampled_from([*DTYPES, "F31", "BF16"]),
+            st.sampled_from([*DTYPES, "F31"]),
             st.lists(st.one_of(st.integers(0, 3), st.sampled_from([2**32, 2**63, -1])), max_size=3),
             st.one_of(st.none(), st.tuples(st.integers(-2, 80), st.integers(-2, 80))),
         ),
@@ -322,11 +328,10 @@ DTYPES = {
 def test_a_header_gives_the_bytes_that_it_names_or_nothing(
     forge: Path, tensors: list[tuple[str, list[int], tuple[int, int] | None]], more: int, longer: int
 ) -> None:
-    """An own reading of the format, by numpy, against what is loaded."""
     header: dict[str, Any] = {}
     at = 0
     for i, (dtype, shape, offsets) in enumerate(tensors):
-        size = max(0, int(np.prod(shape, dtype=object))) * (np.dtype(DTYPES[dtype]).itemsize if dtype in DTYPES else 2)
+        size = max(0, math.prod(shape)) * DTYPES.get(dtype, torch.int32).itemsize
         end = at + min(size, 10**4)
         header[f"t{i}"] = {"dtype": dtype, "shape": shape, "data_offsets": list(offsets or (at, end))}
         at = end
@@ -345,5 +350,5 @@ def test_a_header_gives_the_bytes_that_it_names_or_nothing(
     assert set(found) == set(header)
     for key, record in header.items():
         start, stop = record["data_offsets"]
-        expected = np.frombuffer(body[start:stop], DTYPES[record["dtype"]]).reshape(record["shape"])
-        np.testing.assert_array_equal(found[key].numpy(), expected)
+        assert (found[key].dtype, list(found[key].shape)) == (DTYPES[record["dtype"]], record["shape"])
+        assert bytes(found[key].flatten().view(torch.uint8).tolist()) == body[start:stop]

@@ -231,7 +231,7 @@ CRAFTED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "vast range of layers": (strategy(targets={"include": ["up"], "layers": ["0-99999999999"]}), "layers"),
     "range as long as allowed": (strategy(targets={"include": ["up"], "layers": [f"0-{MOST_LAYERS}"]}), "do not exist"),
     "many patterns": (strategy(rank_per_target={f"m{i}": 2 for i in range(20_000)}), "more than 10,000 values"),
-    "compositions in one another": (nested(5_000), "deeper than"),
+    "compositions in one another": (nested(25), "deeper than"),
     "a wide composition": (method("Compose", parts=["bitfit"] * (MOST_STRATEGIES + 1)), "the strategy|has no attribute"),
     "a part that is no strategy": (method("Compose", parts=[1, 2]), "the strategy"),
     "arguments that are a list": (lambda m: m["strategy"].update(init_args=[1]), "the strategy"),
@@ -425,7 +425,6 @@ HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "dtype that does not fit": field(dtype="F64"),
     "dtype that is a number": field(dtype=3),
     "no shape": lambda h: h["up.lora_A"].pop("shape"),
-    "an unknown field": field(stride=[0]),
     "a record that is a list": lambda h: h.update({"up.lora_A": [1]}),
     "metadata of numbers": lambda h: h.update(__metadata__={"a": 1}),
     "nested metadata": lambda h: h.update(__metadata__={"a": {"b": "c"}}),
@@ -488,16 +487,10 @@ def checkpoint(change: Callable[[dict[str, Any]], object] = lambda c: None) -> d
     found: dict[str, Any] = {"state_dict": whole.state_dict(), "epoch": 1}
     stamp(found, {"default": manifest_of(handle, root="net")})
     change(found)
-    adapters = found["peft"]["adapters"]
-    found["peft"]["adapters"] = {name: _sealed(m) for name, m in adapters.items()} if isinstance(adapters, dict) else adapters
+    for manifest in found["peft"]["adapters"].values():
+        if isinstance(manifest, dict):
+            manifest.pop("checksum")  # it would take as long to compute for a forged manifest as to be harmed by it
     return found
-
-
-def _sealed(manifest: Any) -> Any:
-    try:
-        return sealed(manifest)
-    except (TypeError, ValueError, RecursionError):
-        return manifest
 
 
 def of_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
@@ -575,9 +568,9 @@ def test_a_repacked_checkpoint_is_read(tmp_path: Path) -> None:
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     path = saved_checkpoint(tmp_path)
-    repack(path, lambda name, data: b"\0" * (200 << 20) if name.endswith("data/0") else data, zipfile.ZIP_DEFLATED)
+    repack(path, lambda name, data: b"\0" * (50 << 20) if name.endswith("data/0") else data, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1 << 20
-    with pytest.raises(FormatError, match="claims 209,"):
+    with pytest.raises(FormatError, match="claims 52,"):
         read_adapter(path)
 
 
