@@ -47,7 +47,7 @@ def open_adapter(
     name = base or usage.get("base")
     if not name:
         raise ConfigError(f"'{adapter}' does not say which base model it belongs to; name it with --base.")
-    known = {key: usage.get(key) for key in ("revision", "quantization")} if base is None else {}
+    known: dict[str, Any] = {key: usage.get(key) for key in ("revision", "quantization")} if base is None else {}
     source = BaseSource(name=name, dtype=usage.get("dtype", "auto"), **(known if quantized else known | {"quantization": None}))
     folder, task = Path(adapter), usage.get("task", "causal_lm")
     model, tokenizer = load_model(source, task, usage.get("labels")).model, None
