@@ -53,10 +53,11 @@ if TYPE_CHECKING:
     from lightning_peft.training import PEFTDataModule as PEFTDataModule
     from lightning_peft.training import PEFTLightningModule as PEFTLightningModule
     from lightning_peft.training import load_from_checkpoint as load_from_checkpoint
+    from lightning_peft.training import shard as shard
 
 __version__ = "0.1.0"
 _COST = ("CostReport", "estimate")
-_TRAINING = ("PEFTCallback", "PEFTDataModule", "PEFTLightningModule", "load_from_checkpoint")
+_TRAINING = ("PEFTCallback", "PEFTDataModule", "PEFTLightningModule", "load_from_checkpoint", "shard")
 
 
 def __getattr__(name: str) -> Any:

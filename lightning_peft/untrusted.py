@@ -7,11 +7,14 @@ sizes that do not fit shape and dtype, unknown dtypes, bytes behind the last ten
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import zipfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lightning_peft.errors import FormatError
 
@@ -139,16 +142,18 @@ def check_safetensors(path: Path) -> None:
     parse_json(decoded(header, where), where)
 
 
-def check_archive(path: Path) -> None:
-    """Check that a zip archive unpacks to no more than its own size: nothing in it is compressed, and no bytes count twice.
+def load_archive(file: Path | io.BytesIO) -> Any:
+    """Return what ``torch.save`` wrote, tensors on the CPU, without running anything that it holds (``weights_only=True``).
+
+    An archive is read only if it unpacks to no more than its own size: nothing in it is compressed, and no bytes count twice.
 
     Raises:
-        FormatError: It does not.
-        Exception: It is damaged; whatever zipfile raises.
+        FormatError: It does not, or is one of the formats before torch 1.6, which name no sizes.
+        Exception: It is damaged, or holds other objects; whatever zipfile and torch raise.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-    size = path.stat().st_size
+    size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
     claimed = sum(entry.file_size for entry in entries)
     plain = all(entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size for entry in entries)
     # The first entry at the start: no directory but the one read here could be taken for that of this archive.
@@ -156,6 +161,9 @@ def check_archive(path: Path) -> None:
         raise FormatError(
             f"its archive holds {size:,} bytes and claims {claimed:,}, or is compressed; torch.save writes no such file."
         )
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.checkpoint.files import AdapterFile
 from lightning_peft.checkpoint.manifest import Manifest, check_base, entries_of, require_base
 from lightning_peft.checkpoint.reading import adapter_of, load_checkpoint, manifests_of, read_adapter
+from lightning_peft.checkpoint.sharded import is_sharded
 from lightning_peft.errors import CompatibilityError
 from lightning_peft.strategies.install import reinstall
 from lightning_peft.surgery.anatomy import Family
@@ -78,7 +79,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> str:
         FormatError: The file is missing, truncated, corrupted, foreign, or of a newer format.
     """
     place = Path(path)
-    if place.is_dir() or place.suffix in (".safetensors", ".json"):
+    if (place.is_dir() and not is_sharded(place)) or place.suffix in (".safetensors", ".json"):
         found = [read_adapter(place)]
     else:
         checkpoint = load_checkpoint(place)

@@ -21,7 +21,7 @@ from lightning_peft.strategies.registry import get_method, resolve
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.fingerprint import UNCHECKED, base_fingerprint, compare_fingerprints, fingerprint
 from lightning_peft.surgery.handle import Handle
-from lightning_peft.types import AdapterDtype
+from lightning_peft.types import AdapterDtype, in_pieces
 from lightning_peft.untrusted import check_plain
 
 Manifest = dict[str, Any]
@@ -87,6 +87,11 @@ def manifest_of(
     if tensors.keys() != keys:
         wrong = sorted(tensors.keys() ^ keys)
         raise ConflictError(f"adapter '{handle.name}' owns {len(keys)} tensors, the state given differs by {wrong[:3]}.")
+    if in_pieces([*tensors.values(), *(extra_state or {}).values()]):
+        raise ConflictError(
+            f"adapter '{handle.name}' lies in pieces on several ranks (FSDP). PEFTCallback gathers it for checkpoints and at the end of "
+            "fit; load it from there (lp.load_adapter)."
+        )
     strategy = handle.strategy.to_dict(defaults=True)
     claimed = {slot.key for slot in handle.slots if slot.claimed}
     dtypes = {_dtype_name(t.dtype) for key, t in tensors.items() if key not in claimed and t.is_floating_point()}

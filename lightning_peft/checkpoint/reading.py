@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,8 +15,9 @@ from torch import Tensor
 from lightning_peft.checkpoint.files import EXTRA, MANIFEST, TENSORS, AdapterFile, sha256
 from lightning_peft.checkpoint.keys import file_keys
 from lightning_peft.checkpoint.manifest import FORMAT, UPGRADE, Manifest, check_manifest, check_tensors, sealed
+from lightning_peft.checkpoint.sharded import ShardedCheckpoint, is_sharded
 from lightning_peft.errors import FormatError, did_you_mean
-from lightning_peft.untrusted import check_archive, check_plain, check_safetensors, inside, parse_json, read_text
+from lightning_peft.untrusted import check_plain, check_safetensors, inside, load_archive, parse_json, read_text
 
 CHECKPOINT_KEY = "peft"
 
@@ -81,7 +81,7 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     """Read an adapter from its folder, or from a Lightning checkpoint.
 
     Args:
-        path: The folder, or a ``.ckpt`` file.
+        path: The folder, or a ``.ckpt`` file or folder (FSDP strategies write folders).
         name: Name of the adapter in a checkpoint; needed when it holds several. A folder holds one.
 
     Raises:
@@ -91,23 +91,23 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     place = Path(path)
     if place.name in (TENSORS, MANIFEST):
         place = place.parent
-    if place.is_dir():
+    if place.is_dir() and not is_sharded(place):
         return _read_folder(place)
     return adapter_of(load_checkpoint(place), name, f"'{place}'")
 
 
 def load_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Load a ``.ckpt`` file without running anything that it holds (``weights_only=True``).
+    """Load a ``.ckpt`` file, or the folder of a sharded checkpoint, without running anything that it holds (``weights_only=True``).
 
     Raises:
         FormatError: It is missing, truncated, or holds objects other than tensors and plain values.
     """
+    if path.is_dir() and is_sharded(path):
+        return ShardedCheckpoint(path).read()
     if not path.is_file():
         raise FormatError(f"'{path}' does not exist: give an adapter folder or a Lightning .ckpt file.")
     try:
-        check_archive(path)
-        # Mapped, so that no tensor can reach beyond the file, and a whole base takes no memory where the adapter is asked for.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = load_archive(path)
     except pickle.UnpicklingError as error:
         raise FormatError(
             f"'{path}' is no checkpoint that can be loaded safely: {str(error).splitlines()[0]} Objects of own classes in it come "
@@ -153,11 +153,6 @@ def _foreign(folder: Path) -> str:
         return (
             f"'{folder}' is an adapter of Hugging Face peft, a format that this version does not read. Merge it with peft "
             "(merge_and_unload, then save_pretrained) and use the result as the base."
-        )
-    if (folder / ".metadata").is_file():
-        return (
-            f"'{folder}' is a sharded checkpoint. Turn it into one file first: python -m "
-            f"lightning.pytorch.utilities.consolidate_checkpoint '{folder}'."
         )
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
     return f"'{folder}' is not an adapter folder: it holds {found}, and no {MANIFEST}."

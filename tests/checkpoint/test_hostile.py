@@ -609,7 +609,7 @@ def test_bytes_before_the_archive_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("numel", [17, 10**6, 2**31 - 1, -1])
 def test_a_storage_larger_than_its_record_reads_nothing_else(numel: int, tmp_path: Path) -> None:
-    """torch reads as many bytes as the pickle says, from a record that is shorter: the heap behind it."""
+    """What lies behind a record on the heap is nobody's tensor; torch 2.13 compares the sizes itself."""
     path = saved_checkpoint(tmp_path)
 
     def enlarge(name: str, data: bytes) -> bytes:
@@ -657,19 +657,6 @@ def test_no_form_of_pickle_is_run(form: str, tmp_path: Path, monkeypatch: pytest
         with pytest.raises(FormatError):
             read(path)
     assert not (tmp_path / "pwned").exists()
-
-
-def test_a_whole_base_beside_the_adapter_takes_no_memory(tmp_path: Path) -> None:
-    """Only what is asked for is copied out of the mapped file."""
-    found = checkpoint()
-    found["state_dict"]["other.weight"] = torch.zeros(1 << 20)
-    path = tmp_path / "a.ckpt"
-    torch.save(found, path)
-    adapter = read_adapter(path)
-    path.write_bytes(b"")  # nothing of it is held
-    assert sum(t.untyped_storage().nbytes() for t in adapter.state.values()) == sum(t.nbytes for t in adapter.state.values())
-    lp.load_adapter(Net(), save(tmp_path / "b"))
-    assert all(bool(t.isfinite().all()) for t in adapter.state.values())
 
 
 def test_what_was_saved_loads_and_gives_the_same(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "other dtype": (edit_tensors(lambda t: t.update({"up.lora_A": t["up.lora_A"].half()})), "dtype float16"),
     "other shape": (edit_tensors(lambda t: t.update({"up.lora_A": t["up.lora_A"][:1].clone()})), "shape"),
     "folder of HF peft": (hf_folder, r"Hugging Face peft.*merge_and_unload"),
-    "sharded checkpoint": (sharded, "consolidate_checkpoint"),
+    "sharded checkpoint": (sharded, "no sharded checkpoint"),
 }
 
 
