@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_peft.checkpoint.manifest import Manifest, manifest_of
+from lightning_peft.checkpoint.manifest import Manifest, manifest_of, sealed
 from lightning_peft.files import staged
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.handle import Handle
@@ -91,7 +91,7 @@ def write_adapter(adapter: AdapterFile, directory: str | os.PathLike[str], *, to
             tokenizer.save_pretrained(str(staging))
         _write_tensors(adapter, staging / TENSORS)
         file = {"sha256": sha256(staging / TENSORS)}
-        text = json.dumps({**adapter.manifest, "file": file}, indent=1, ensure_ascii=False)
+        text = json.dumps(sealed({**adapter.manifest, "file": file}), indent=1, ensure_ascii=False)
         # It moves last: until it lies there, it names the checksum of the tensor file before.
         (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return Path(directory)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_peft.checkpoint.files import EXTRA, MANIFEST, TENSORS, AdapterFile, sha256
 from lightning_peft.checkpoint.keys import file_keys
-from lightning_peft.checkpoint.manifest import FORMAT, UPGRADE, Manifest, check_manifest, check_tensors
+from lightning_peft.checkpoint.manifest import FORMAT, UPGRADE, Manifest, check_manifest, check_tensors, sealed
 from lightning_peft.checkpoint.sharded import ShardedCheckpoint, is_sharded
 from lightning_peft.errors import FormatError, did_you_mean
+from lightning_peft.untrusted import check_plain, check_safetensors, inside, load_archive, parse_json, read_text
 
 CHECKPOINT_KEY = "peft"
 
 
 def stamp(checkpoint: dict[str, Any], manifests: Mapping[str, Manifest]) -> None:
     """Enter the manifests of all adapters whose tensors lie in ``checkpoint["state_dict"]``, by adapter name."""
-    checkpoint[CHECKPOINT_KEY] = {"format": FORMAT, "adapters": dict(manifests)}
+    checkpoint[CHECKPOINT_KEY] = {"format": FORMAT, "adapters": {name: sealed(manifest) for name, manifest in manifests.items()}}
 
 
 def manifests_of(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Manifest]:
@@ -40,6 +39,7 @@ def manifests_of(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
         raise FormatError(f"{where} holds no adapter: it was saved without PEFTCallback, or before it was added.")
     if not isinstance(found, Mapping) or type(found.get("format")) is not int or not isinstance(found.get("adapters"), Mapping):
         raise FormatError(f"{where}: its entry {CHECKPOINT_KEY!r} is not one of lightning_peft.")
+    check_plain(found["adapters"], where)
     if found["format"] > FORMAT:
         raise FormatError(f"{where} has adapter format {found['format']}, this package reads up to {FORMAT}. {UPGRADE}")
     for name, manifest in found["adapters"].items():
@@ -67,7 +67,7 @@ def adapter_of(checkpoint: Mapping[str, Any], name: str | None = None, where: st
         raise FormatError(f"{where} holds no adapter '{name}'.{did_you_mean(name, manifests)} It holds: {', '.join(manifests)}.")
     manifest = manifests[name]
     live = checkpoint.get("state_dict")
-    if not isinstance(live, Mapping):
+    if not isinstance(live, Mapping) or not all(isinstance(key, str) for key in live):
         raise FormatError(f"{where} has no state_dict.")
     keys = file_keys(live, name, manifest["root"])
     state = {key: live[keys[key]] for key in manifest["tensors"] if key in keys}
@@ -107,7 +107,7 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FormatError(f"'{path}' does not exist: give an adapter folder or a Lightning .ckpt file.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_archive(path)
     except pickle.UnpicklingError as error:
         raise FormatError(
             f"'{path}' is no checkpoint that can be loaded safely: {str(error).splitlines()[0]} Objects of own classes in it come "
@@ -123,15 +123,12 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def _read_folder(folder: Path) -> AdapterFile:
     where = f"'{folder}'"
-    if not (folder / MANIFEST).is_file():
+    described, path = inside(folder, MANIFEST), inside(folder, TENSORS)
+    if not described.is_file():
         raise FormatError(_foreign(folder))
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"'{folder / MANIFEST}' is not JSON: {error}. It is truncated or was changed.") from error
+    manifest = parse_json(read_text(described), f"'{described}'")
     strategy = check_manifest(manifest, f"'{folder / MANIFEST}'")
     file = manifest.get("file")
-    path = folder / TENSORS
     if file is None or not path.is_file():
         raise FormatError(f"{where} holds {MANIFEST} but no {TENSORS} that belongs to it; the copy is incomplete.")
     if sha256(path) != file["sha256"]:
@@ -139,6 +136,7 @@ def _read_folder(folder: Path) -> AdapterFile:
             f"'{path}' is not the file that {MANIFEST} describes: it is truncated or corrupted, or saving was interrupted between the "
             "two. Take another copy, or save again."
         )
+    check_safetensors(path)
     try:
         tensors = load_file(path)
     except SafetensorError as error:

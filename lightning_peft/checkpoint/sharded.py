@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import FormatError
+from lightning_peft.untrusted import load_archive
 
 INDEX, REST = ".metadata", "meta.pt"  # torch's index of the pieces, and what Lightning puts beside them
 _OPTIMIZER = re.compile(r"optimizer_(\d{1,3})")
@@ -82,7 +83,7 @@ class ShardedCheckpoint:
         with self._refused():
             parts = _nested(self._flat(values), self._index.planner_data or {})
             path = self.folder / REST
-            rest = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+            rest = load_archive(path) if path.is_file() else {}
             if not isinstance(rest, Mapping):
                 raise FormatError(f"'{path}' holds {type(rest).__name__}, not the rest of a Lightning checkpoint.")
             optimizers = sorted((int(found[1]), part) for part in parts if (found := _OPTIMIZER.fullmatch(str(part))))
@@ -135,7 +136,7 @@ class ShardedCheckpoint:
 
         class Planner(DefaultLoadPlanner):
             def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-                plain[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+                plain[read_item.dest_index.fqn] = load_archive(value)
 
         device = "cpu" if values else "meta"
         tensors = self._tensors()

@@ -6,6 +6,7 @@ convolution, norm, fused slices, expert stacks) and every storage.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ class BuildContext:
         shared: Modules shared by several edits of the plan, by name.
         residual: Returns factors L (out, r), R (r, in) of what the storage of the weight has lost, W ≈ weight() + L R, in fp32; None
             where none were kept.
+        claim: Called with the number of entries of every tensor before it is made; raises where there is no room for it.
     """
 
     path: str
@@ -123,9 +125,11 @@ class BuildContext:
     seed: int
     shared: Mapping[str, nn.Module] = field(default_factory=dict)
     residual: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
+    claim: Callable[[int], None] = lambda entries: None
 
     def empty(self, *shape: int) -> nn.Parameter:
         """Return an uninitialised parameter; :meth:`AdapterModule.reset_parameters` fills it."""
+        self.claim(math.prod(shape))
         return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device))
 
 

@@ -23,13 +23,27 @@ def reinstall(
     *,
     adapter_dtype: AdapterDtype,
     anatomy: Family | Mapping[str, Any] | None = None,
+    room: int | None = None,
 ) -> Handle:
     """Install the adapters of ``strategy`` for tensors that were trained before: :func:`inject`, on any base that they fit.
 
     A method may start from a quantized base only, but what it has trained also runs on the dense one, and the other way round.
+
+    Args:
+        model: The adapted root.
+        strategy: Read from a file, so that nothing is made of its word that takes more memory than the file does.
+        name: Name of the adapter.
+        adapter_dtype: dtype of its parameters.
+        anatomy: As for :func:`inject`.
+        room: How many numbers the trained tensors have together.
+
+    Raises:
+        FormatError: The strategy asks for more than that.
+        PEFTError: As :func:`inject`.
     """
     described = anatomy_of(model, anatomy)
-    return apply_plan(model, strategy.plan(described), described, strategy, name=name, adapter_dtype=adapter_dtype)
+    plan = strategy.plan(described)
+    return apply_plan(model, plan, described, strategy, name=name, adapter_dtype=adapter_dtype, room=room)
 
 
 def inject(

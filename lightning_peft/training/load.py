@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lightning_peft.checkpoint import check_manifest, load_checkpoint, manifests_of, require_base
+from lightning_peft.checkpoint import check_manifest, entries_of, load_checkpoint, manifests_of, require_base
 from lightning_peft.loading.quantize import quantize, require_same
 from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.strategies.install import reinstall
@@ -58,7 +58,8 @@ def load_from_checkpoint(
                     local = strip_root(QuantizeOptions.parse(asked), manifest["root"], anatomy_of(root, anatomy))
                     quantize(root, local.skipping(sorted(whole)), anatomy=anatomy)
                 require_base(root, manifest)
-                handle = reinstall(root, strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)  # type: ignore[arg-type]
+                dtype, room = manifest["adapter_dtype"], entries_of(manifest)
+                handle = reinstall(root, strategy, name, adapter_dtype=dtype, anatomy=anatomy, room=room)  # type: ignore[arg-type]
                 handle.usage = dict(manifest.get("usage", {}))
                 # Extra modules below the root train on, as they did in the run that saved them.
                 extras = {key.rpartition(".")[0] for key in manifest["extra"] if key.startswith(prefix)}
