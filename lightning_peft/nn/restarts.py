@@ -51,8 +51,8 @@ class RestartedLowRankAdapter(LowRankAdapter, Restartable):
     def __init__(self, context: BuildContext, *, rank: int, scaling: float, dropout: float, init: LoRAInit, rounds: int) -> None:
         super().__init__(context, rank=rank, scaling=scaling, dropout=dropout, init=init)
         spec, kept = self.spec, (rounds - 1) * rank
-        self.register_buffer("finished_A", self.lora_A.new_zeros(*spec.batch, kept, spec.in_features))
-        self.register_buffer("finished_B", self.lora_B.new_zeros(*spec.batch, spec.out_features, kept))
+        self.register_buffer("finished_A", context.empty(*spec.batch, kept, spec.in_features).detach().zero_())
+        self.register_buffer("finished_B", context.empty(*spec.batch, spec.out_features, kept).detach().zero_())
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(stable_seed(self.seed, self._round))
@@ -90,9 +90,9 @@ class RestartedSquareMatrixAdapter(SquareMatrixAdapter, Restartable):
     def __init__(self, context: BuildContext, *, side: int, types: tuple[MoRAType, ...], dropout: float) -> None:
         super().__init__(context, side=side, mora_type=types[0], dropout=dropout)
         self.types = types
-        self.register_buffer("finished", self.mora_M.new_zeros(len(types), *self.mora_M.shape))
+        self.register_buffer("finished", context.empty(len(types), *self.mora_M.shape).detach())
         # Which type M has now: 1 there and 0 elsewhere. A number would be asked of the device in every forward.
-        self.register_buffer("active", self.mora_M.new_zeros(len(types)))
+        self.register_buffer("active", context.empty(len(types)).detach())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

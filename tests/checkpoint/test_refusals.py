@@ -137,7 +137,7 @@ def test_every_single_bit_of_the_tensor_file_counts(tmp_path: Path) -> None:
 def test_unknown_method(tmp_path: Path) -> None:
     save(tmp_path)
     edit(lambda m: m["strategy"].update(class_path="Lora2"))(tmp_path)
-    with pytest.raises(UnknownMethodError, match="'Lora2'.*Did you mean 'lora'.*Install the package"):
+    with pytest.raises(UnknownMethodError, match="'Lora2'.*Did you mean.*'lora'.*Install the package"):
         lp.load_adapter(Net(), tmp_path)
 
 
