@@ -176,8 +176,10 @@ def tokens(*, shuffle: bool = True) -> Any:
         {"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.1}},
         {"class_path": "PrefixTuning", "init_args": {"num_virtual_tokens": 2}},
         {"class_path": "PromptTuning", "init_args": {"num_virtual_tokens": 2}},
+        {"class_path": "PTuning", "init_args": {"num_virtual_tokens": 2, "encoder": "lstm", "hidden_size": 4, "dropout": 0.1}},
+        {"class_path": "PTuningV2", "init_args": {"num_virtual_tokens": 2, "dropout": 0.1}},
     ],
-    ids=["lora", "prefix", "prompt"],
+    ids=["lora", "prefix", "prompt", "p-tuning", "p-tuning-v2"],
 )
 def test_language_model_resumes_exactly(make: Any, strategy: Any, tmp_path: Path) -> None:
     whole = fit(tmp_path / "a", make, strategy, data=tokens())
