@@ -10,7 +10,7 @@ from torch import nn
 from lightning_peft.errors import TargetError
 from lightning_peft.surgery.architectures import BY_MODEL_TYPE, BYPASSES
 from lightning_peft.surgery.families import Family, Fused, Roles, Stack
-from lightning_peft.surgery.layers import MODULE, NORM, TENSOR, TRANSPOSED_TENSOR, LinearKind, Rows, layer_kind
+from lightning_peft.surgery.layers import EMBEDDING, MODULE, NORM, TENSOR, TRANSPOSED_TENSOR, LinearKind, Rows, layer_kind
 from lightning_peft.surgery.ports import BodyPort, PatchesPort, Port, attention_ports, embeddings_port, heads, hidden_width
 from lightning_peft.surgery.sites import Site, attention_sites, make_site
 from lightning_peft.surgery.tree import ModuleTree, is_within, join, model_type
@@ -282,11 +282,15 @@ class AnatomyBuilder:
                     self._append(role, make_site(self.tree.root, path, kind=kind, tensor=tensor, member=part, role=role))
 
     def add_patches(self) -> None:
-        """Add the bodies that read patches: those in whose scope nothing embeds tokens. Their width, if need be, is that of their norms."""
+        """Add the bodies that read patches: what embeds their input is no table, and where nothing is known of that, there is no table.
+
+        Their width, if need be, is that of their norms.
+        """
+        tables = any(layer_kind(module) == EMBEDDING for module in self.tree.modules.values())
         for body in self.ports["body"]:
             assert isinstance(body, BodyPort)
             embeddings = self.roles.get(join(body.scope, "embedding"), [])
-            if any(site.spec.kind == "embedding" for site in embeddings):
+            if any(site.spec.kind == "embedding" for site in embeddings) or (tables and not embeddings):
                 continue
             norms = {site.spec.out_features for sites in self.roles.values() for site in sites if self._is_norm_of(site, body)}
             hidden = body.hidden or (norms.pop() if len(norms) == 1 else None)

@@ -6,13 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 import lightning_peft as lp
 from lightning_peft.errors import UnsupportedLayerError
-from lightning_peft.surgery.anatomy import anatomy_of
 from tests.backbones import BACKBONES, DIM, run
-from tests.surgery.zoo import MODELS, build, inputs
 
 D = torch.float64
 
@@ -68,36 +65,6 @@ def test_torch_layers_know_where_their_norm_is(norm_first: bool) -> None:
     handle = lp.inject(model, lp.PfeifferAdapter(width=4))
     randomize(handle)
     assert handle.entries[0].path == ("layers.0.linear2" if norm_first else "layers.0.norm2")
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_norm_that_the_anatomy_names_reads_the_sum_and_no_other_does(name: str) -> None:
-    """In every known architecture: the sum of what the feed-forward sub-layer reads and of what it gives."""
-    model = build(name)
-    anatomy = anatomy_of(model)
-    read: dict[str, Tensor] = {}
-    given: dict[str, Tensor] = {}
-
-    def note(path: str, module: nn.Module) -> RemovableHandle:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            read[path], given[path] = args[0].clone(), out.clone()  # some models go on in place
-
-        return module.register_forward_hook(hook)
-
-    norms = anatomy.sites("norm") if anatomy.role_names("norm") else ()  # OLMo has norms without weights
-    downs = [site for role, sites in anatomy.roles.items() if role.endswith("mlp.down") for site in sites]
-    pairs = [(anatomy.partner(down, "mlp.down", "mlp.up"), down) for down in downs]
-    for site in {s.path: s for s in (*norms, *downs, *(up for up, _ in pairs if up is not None))}.values():
-        note(site.path, site.module(model))
-    with torch.no_grad():
-        model(**inputs(model))
-    for up, down in pairs:
-        assert up is not None
-        total = (read[up.path].flatten(0, -2) + given[down.path].flatten(0, -2)).flatten()
-        inside = [s.path for s in norms if s.path in read and anatomy.block_of(s.path) == anatomy.block_of(down.path)]
-        reading = [p for p in inside if read[p].numel() == total.numel() and torch.allclose(read[p].flatten(), total, atol=1e-5)]
-        named = anatomy.partner(down, "mlp.down", "mlp_norm")
-        assert reading == ([] if named is None else [named.path])
 
 
 def test_initialisations() -> None:

@@ -137,7 +137,18 @@ def test_only_the_vision_tower_of_clip_has_them() -> None:
     assert torch.equal(*(t if isinstance(t, Tensor) else t[0] for t in (model.get_text_features(batch["input_ids"]), text)))
 
 
-@pytest.mark.parametrize("make", [llama, bert, t5])
+class OwnLanguageModel(nn.Module):
+    """Two tables, so that nothing says which one embeds tokens; but patches need none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.positions, self.body = nn.Embedding(20, DIM), nn.Embedding(9, DIM), torch_encoder()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.body(self.words(ids) + self.positions.weight[: ids.shape[1]])
+
+
+@pytest.mark.parametrize("make", [llama, bert, t5, OwnLanguageModel])
 def test_models_that_read_tokens_are_refused(make: Any) -> None:
     with pytest.raises(PortError, match="has no port 'patches'"):
         lp.inject(make(), "visual_prompt_tuning")
