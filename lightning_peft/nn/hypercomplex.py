@@ -1,6 +1,6 @@
 """Hypercomplex bottlenecks: Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", arXiv 2106.04647.
 
-``y = x H + b`` with ``H = Σ_i A_i ⊗ (s_i t_i)``, i = 1 ... n (equation 5): the small rules A are shared by all layers, the thin factors s
+``y = x H + b`` with ``H = Σ_i A_i ⊗ (s_i t_i)``, i = 1 ... n: the small rules A are shared by all layers, the thin factors s
 and t belong to each.
 """
 

@@ -2,7 +2,7 @@
 
 (IA)³: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv 2205.05638,
 section 3.3: ``l ⊙ (W x + b)`` on keys and values, ``W (l ⊙ x) + b`` on the way down of the feed-forward layer.
-SSF: Lian et al. 2022, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", arXiv 2210.08823, equation 3:
+SSF: Lian et al. 2022, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", arXiv 2210.08823:
 ``γ ⊙ (W x + b) + β`` after every operation.
 
 The products are taken in the dtype of the scales, fp32: near 1, bf16 has no number between 1 and 1.0078, so that a scale rounded to

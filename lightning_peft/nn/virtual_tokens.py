@@ -1,6 +1,6 @@
 """Virtual tokens: the learned numbers of soft prompts and prefixes, without a word about the model they go into.
 
-Prompt tuning: Lester et al. 2021, arXiv 2104.08691, ``E_in = [P; Emb(x)]``. P-tuning: Liu et al. 2021, arXiv 2103.10385, equation 6,
+Prompt tuning: Lester et al. 2021, arXiv 2104.08691, ``E_in = [P; Emb(x)]``. P-tuning: Liu et al. 2021, arXiv 2103.10385,
 ``P = MLP(BiLSTM(E))``. Prefix tuning: Li & Liang 2021, arXiv 2101.00190, equation 3, ``Z = Linear(tanh(Linear(E)))``, where Z holds
 keys and values of every layer.
 """

@@ -1,4 +1,4 @@
-"""P-tuning: Liu et al. 2021, "GPT Understands, Too", arXiv 2103.10385, equation 6; and its second version, deep prompts.
+"""P-tuning: Liu et al. 2021, "GPT Understands, Too", arXiv 2103.10385; and its second version, deep prompts.
 
 ``P = MLP(BiLSTM(E))`` or ``MLP(E)``: a soft prompt whose embeddings a small network computes from trained ones, which ties them to each
 other. The prompt stands in front of the text; the paper's templates, which set it between the words of a cloze question, are not made.

@@ -1,4 +1,4 @@
-"""SSF: Lian et al. 2022, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", arXiv 2210.08823, equation 3.
+"""SSF: Lian et al. 2022, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", arXiv 2210.08823.
 
 ``y ← γ ⊙ y + β``, channel by channel, after every operation: patch embedding, projections, norms.
 Deviation: training starts at the identity; ``init="normal"`` is the start of the paper's code. Norms without a bias (RMSNorm) get γ

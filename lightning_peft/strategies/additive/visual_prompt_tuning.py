@@ -1,8 +1,8 @@
-"""VPT: Jia et al. 2022, "Visual Prompt Tuning", arXiv 2203.12119, equations 4 to 7.
+"""VPT: Jia et al. 2022, "Visual Prompt Tuning", arXiv 2203.12119, section 3.2.
 
 Shallow: ``[x_1, _, E_1] = L_1([x_0, P, E_0])``, and the prompt goes through all blocks; deep: ``[x_i, _, E_i] = L_i([x_{i-1}, P_{i-1},
 E_{i-1}])``, a prompt of its own for every block. Deviation: the prompt stands behind the patches instead of behind ``[CLS]``, which is
-the same to a transformer that has added its positions before (section 3.2, note).
+the same to a transformer that has added its positions before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class VisualPromptTuning(PEFTStrategy):
 
     Args:
         num_virtual_tokens: N; the paper chooses among 1, 5, 10, 50, 100 and 200.
-        deep: A prompt for every block (VPT-Deep); False for one at the first block (VPT-Shallow).
+        deep: A prompt for every block (VPT-Deep); False for one at the first block (VPT-Shallow), by which the hidden states between
+            the blocks, where something reads them, have N more positions.
         dropout: Dropout on the prompts, in training.
         hidden: d, for models that do not tell it.
     """

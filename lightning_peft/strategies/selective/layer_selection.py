@@ -1,7 +1,7 @@
 """Layer and module selection: chosen parts of the base train whole, everything else is frozen.
 
 Last layers: Donahue et al. 2014, "DeCAF", arXiv 1310.1531. Attention only: Touvron et al. 2022, "Three things everyone should know about
-Vision Transformers", arXiv 2203.09795, section 4. Cross attention only: Gheini et al. 2021, "Cross-Attention is All You Need",
+Vision Transformers", arXiv 2203.09795. Cross attention only: Gheini et al. 2021, "Cross-Attention is All You Need",
 arXiv 2104.08771.
 """
 
