@@ -184,7 +184,9 @@ class Installer(pl.Callback):
         installed = self.handle_of(pl_module) is not None
         self._check_launcher(trainer, stage, installed)
         self._run = Run(stage)
-        TrainerHooks.enter(trainer.strategy, self)
+        self._run.bookmark = TrainerHooks.enter(trainer.strategy, self).bookmark
+        if stage == "fit":
+            self._run.bookmark.reset()
         builds = overrides(pl_module, "configure_model")
         # A module that is built in `setup` is not here yet; weight averaging that copies the module right after us is no reason to wait.
         late = builds or (
