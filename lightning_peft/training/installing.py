@@ -184,7 +184,8 @@ class Installer(pl.Callback):
         installed = self.handle_of(pl_module) is not None
         self._check_launcher(trainer, stage, installed)
         self._run = Run(stage)
-        self._run.bookmark = TrainerHooks.enter(trainer.strategy, self).bookmark
+        owner: Any = self  # PEFTCallback has the rest of what an owner offers
+        self._run.bookmark = TrainerHooks.enter(trainer.strategy, owner).bookmark
         if stage == "fit":
             self._run.bookmark.reset()
         builds = overrides(pl_module, "configure_model")

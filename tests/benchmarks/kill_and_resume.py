@@ -12,6 +12,7 @@ temporary files on another file system, as on most clusters. It prints a table.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import select
@@ -294,6 +295,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     luck = random.Random(given.seed)
     if given.plain:
         trainer_hooks.write_durably = lambda checkpoint_io: None

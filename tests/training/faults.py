@@ -25,7 +25,7 @@ from tests.training import tiny
 STRATEGIES: dict[str, Any] = {
     "lora": lp.LoRA(rank=2, dropout=0.1, targets="all-linear"),
     "qlora": lp.LoRA(rank=2, dropout=0.1, targets="all-linear"),
-    "adalora": lp.AdaLoRA(initial_rank=4, target_rank=2, targets="all-linear", warmup=2, final=4, dropout=0.1),
+    "adalora": lp.AdaLoRA(initial_rank=4, target_rank=2, targets="all-linear", warmup=1, final=2, dropout=0.1),
     "prefix": lp.PrefixTuning(num_virtual_tokens=3),
     "vera": lp.VeRA(rank=4, targets="all-linear", dropout=0.1),
 }
@@ -72,8 +72,8 @@ class Module(lp.PEFTLightningModule):
 def module(name: str = "lora", **options: Any) -> Module:
     if name == "qlora":
         options["quantization"] = "nf4"
-    options = {"lr": "auto", "lr_scheduler": "linear", "warmup": 0.1, **options}
-    return Module(STRATEGIES[name], base(), callback={"verbose": False, "export": False}, **options)
+    given = {"lr": "auto", "lr_scheduler": "linear", "warmup": 0.1, "callback": {"verbose": False, "export": False}}
+    return Module(STRATEGIES[name], base(), **{**given, **options})
 
 
 class SaveOnException(Checkpoint):

@@ -242,12 +242,13 @@ def end(processes: list[subprocess.Popen[str]], timeout: float = 120.0) -> list[
     """Wait for all; kill what does not end."""
     limit = time.monotonic() + timeout
     try:
-        return [(p.wait(max(0.1, limit - time.monotonic())), p.stdout.read() if p.stdout else "") for p in processes]
+        said = [process.communicate(timeout=max(0.1, limit - time.monotonic()))[0] for process in processes]
+        return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
     finally:
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                process.communicate()
 
 
 @pytest.mark.dist
