@@ -38,6 +38,10 @@ Kind = Literal["start", "step", "validation", "epoch"]
 class Stepper(Protocol):
     """What a PEFT callback offers here."""
 
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state in a checkpoint."""
+
     def extras_of(self, module: nn.Module) -> dict[str, nn.Module]:
         """Return this callback's extra modules by path."""
 
@@ -90,6 +94,7 @@ class Bookmark:
         """Forget the run before."""
         self.place: Place | None = None
         self.moved = False  # the optimizer has begun to change the weights, and the step is not noted yet
+        self.told_to_stop = False  # by SIGTERM, all ranks at the end of the same batch
         self._loaded: dict[str, Any] = {}  # counters of the checkpoint that the run resumes from
         self._resumed: list[rng.RNGState] | None = None
         self._buffers: list[tuple[str, nn.Module, str]] = []
@@ -189,6 +194,10 @@ class Bookmark:
                 )
             checkpoint["loops"] = {**checkpoint["loops"], "fit_loop": self.place.loops}
             checkpoint["epoch"] = self.place.loops["epoch_progress"]["current"]["completed"]
+            if self.told_to_stop and len(self.place.rng) == 1:
+                states = rng.gather_rng_states(self.place.rng[0])
+                for owner in self.owners.values():
+                    checkpoint.get("callbacks", {}).get(owner.state_key, {}).update(rng=states)
             if self.place.batches != self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
                 self._turn_back(checkpoint, self.place.buffers)
         return original(checkpoint, *args, **kwargs)

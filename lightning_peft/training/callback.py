@@ -380,6 +380,7 @@ class PEFTCallback(Installer):
         if self._run is not None and self._run.stage == "fit" and self._run.bookmark is not None:
             with contextlib.suppress(PEFTError):  # the run has failed already
                 self._bookmark.settle()
+            self._bookmark.told_to_stop = is_a(exception, "SIGTERMException")
         self._close(failed=True)
         if fresh is not None and not is_a(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
             fresh.remove()

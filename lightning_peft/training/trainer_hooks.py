@@ -39,6 +39,10 @@ class Owner(Protocol):
     def checkpoint(self) -> str:
         """What a checkpoint holds: ``adapter`` or ``full``."""
 
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state in a checkpoint."""
+
     def handle_of(self, module: nn.Module) -> Handle | None:
         """Return this callback's adapter on a LightningModule, or None."""
 

@@ -132,6 +132,7 @@ class Life:
 
     def __init__(self, task: Callable[[int], None]) -> None:
         self.lines: list[tuple[str, int, int]] = []
+        self._heard: list[float] = []
         self._rest = b""
         self._reader, writer = os.pipe()
         sys.stdout.flush()
@@ -159,8 +160,15 @@ class Life:
             chunk = os.read(self._reader, 65536)
             *lines, self._rest = (self._rest + chunk).split(b"\n")
             self.lines += [(kind, int(step), int(value)) for kind, step, value in (line.decode().split() for line in lines)]
+            self._heard += [time.monotonic()] * len(lines)
             return bool(chunk)
         return True
+
+    def _longest_save(self) -> float:
+        times: dict[str, list[float]] = {kind: [] for kind in ("saving", "saved")}
+        for (kind, _, _), moment in zip(self.lines, self._heard, strict=True):
+            times.setdefault(kind, []).append(moment)
+        return max((end - begin for begin, end in zip(times["saving"], times["saved"], strict=False)), default=0.05)
 
     def count(self, kind: str) -> int:
         """How often it said something."""
@@ -170,14 +178,13 @@ class Life:
         """Wait for the end; with ``luck``, kill it at a random moment after training has begun, half of the time in a save."""
         end = time.monotonic() + TIMEOUT
         aim, times = (
-            ("saving", luck.randint(1, 6)) if luck and luck.random() < 0.5 else ("step", luck.randint(1, 6) if luck else 0)
+            ("saving", luck.randint(2, 5)) if luck and luck.random() < 0.5 else ("step", luck.randint(1, 5) if luck else 0)
         )
-        delay = 0.0 if luck is None else luck.random() * (0.06 if aim == "saving" else 0.2)
         moment = end
         try:
             while time.monotonic() < moment and self._hear(moment):
                 if luck is not None and moment == end and self.count(aim) >= times:
-                    moment = time.monotonic() + delay
+                    moment = time.monotonic() + luck.random() * (self._longest_save() if aim == "saving" else 0.2)
         finally:
             late = time.monotonic() >= moment
             if late:

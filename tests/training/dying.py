@@ -17,14 +17,14 @@ from tests.training.toys import Plain, callback, loader, trainer
 
 
 class AtStep(pl.Callback):
-    """Sends its own process a signal in the middle of a batch; the other rank notes how long it lived on."""
+    """Sends its own process a signal in the middle of a batch, on all ranks or on one; the others note how long they live on."""
 
-    def __init__(self, step: int, number: int, rank: int = 0) -> None:
+    def __init__(self, step: int, number: int, rank: int | None = None) -> None:
         self.step, self.number, self.rank = step, number, rank
 
     def on_before_backward(self, trainer: Any, *args: Any) -> None:
         if trainer.global_step == self.step:
-            if trainer.global_rank == self.rank:
+            if self.rank in (None, trainer.global_rank):
                 os.kill(os.getpid(), self.number)
             self.since = time.monotonic()
 
@@ -38,16 +38,8 @@ def main(folder: Path, what: str) -> None:
         faults.fit(folder, "lora", AtStep(7, signal.SIGTERM), faults.SaveOnException(folder / "stopped.ckpt"))
         raise AssertionError("it was told to stop")
     keep = faults.SaveOnException(folder / "stopped.ckpt")
-    run = trainer(
-        folder,
-        callback(),
-        AtStep(3, signal.SIGKILL, rank=1),
-        keep,
-        strategy="ddp",
-        devices=2,
-        enable_checkpointing=True,
-        max_epochs=50,
-    )
+    stop = AtStep(3, signal.SIGKILL, rank=1) if what == "dies" else AtStep(3, signal.SIGTERM)
+    run = trainer(folder, callback(), stop, keep, strategy="ddp", devices=2, enable_checkpointing=True, max_epochs=50)
     run.fit(Plain(), loader())
 
 

@@ -263,6 +263,17 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+def test_sigterm_to_all_ranks_keeps_the_random_states_of_all(tmp_path: Path) -> None:
+    done = end(start(tmp_path, "all stop", ranks=2))
+    assert [code for code, _ in done] == [0, 0], done
+    checkpoint = torch.load(tmp_path / "stopped.ckpt", weights_only=True)
+    record = checkpoint["callbacks"]["lightning_peft.PEFTCallback[default]"]
+    assert checkpoint["global_step"] == 4
+    assert len(record["rng"]) == 2
+    assert not record["torn"]
+
+
+@pytest.mark.dist
 def test_the_other_rank_stops_when_one_dies(tmp_path: Path) -> None:
     processes = start(tmp_path, "dies", ranks=2)
     (code, said), (died, _) = end(processes)
