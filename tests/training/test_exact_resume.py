@@ -74,7 +74,7 @@ def assert_same(whole: Any, resumed: Any) -> None:
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_exception_in_any_hook(hook: str, accumulate: int, tmp_path: Path) -> None:
     options = {"accumulate_grad_batches": accumulate}
     whole = faults.fit(tmp_path, **options)
@@ -109,9 +109,11 @@ LOOPS: dict[str, dict[str, Any]] = {
     "windows": {"accumulate_grad_batches": 2, "val_check_interval": 3},
     "windows, steps": {"accumulate_grad_batches": 3, "max_steps": 1000, "limit_val_batches": 0},
 }
+QUICK = ("epochs and steps", "no validation", "validation across epochs", "windows, steps")
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOOPS]
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", EACH)
 def test_one_interruption_after_another(name: str, tmp_path: Path) -> None:
     """What a resumed run saves must be as good as what a fresh one saves."""
     options = LOOPS[name]
@@ -125,7 +127,7 @@ def test_one_interruption_after_another(name: str, tmp_path: Path) -> None:
     assert_same(whole, faults.fit(tmp_path, "adalora", start=path, **options))
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", EACH)
 def test_every_checkpoint_of_every_step(name: str, tmp_path: Path) -> None:
     """What is left after a SIGKILL: a file of some step, and nothing was saved when it died."""
     options = LOOPS[name]
@@ -137,7 +139,7 @@ def test_every_checkpoint_of_every_step(name: str, tmp_path: Path) -> None:
         assert_same(whole, faults.fit(tmp_path, start=path, **options))
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", EACH)
 def test_every_checkpoint_of_every_validation_and_epoch(name: str, tmp_path: Path) -> None:
     options = LOOPS[name]
     keep = {"save_on_train_epoch_end": options.get("limit_val_batches") == 0, "every_n_epochs": 1}
