@@ -19,21 +19,31 @@ from lightning_peft.loading.quantize import quantize as quantize
 from lightning_peft.loading.saved import load_quantized as load_quantized
 from lightning_peft.loading.saved import save_quantized as save_quantized
 from lightning_peft.quantization.config import Quantization as Quantization
+from lightning_peft.strategies import HRA as HRA
+from lightning_peft.strategies import OFT as OFT
 from lightning_peft.strategies import AdaLoRA as AdaLoRA
 from lightning_peft.strategies import BitFit as BitFit
 from lightning_peft.strategies import Compose as Compose
 from lightning_peft.strategies import DoRA as DoRA
+from lightning_peft.strategies import DyLoRA as DyLoRA
 from lightning_peft.strategies import Full as Full
 from lightning_peft.strategies import Head as Head
 from lightning_peft.strategies import HoulsbyAdapter as HoulsbyAdapter
 from lightning_peft.strategies import LadderSideTuning as LadderSideTuning
+from lightning_peft.strategies import LoHa as LoHa
+from lightning_peft.strategies import LoKr as LoKr
 from lightning_peft.strategies import LoRA as LoRA
+from lightning_peft.strategies import LoRAFA as LoRAFA
+from lightning_peft.strategies import LoRAPlus as LoRAPlus
 from lightning_peft.strategies import MethodInfo as MethodInfo
+from lightning_peft.strategies import MoRA as MoRA
 from lightning_peft.strategies import PEFTStrategy as PEFTStrategy
 from lightning_peft.strategies import PrefixTuning as PrefixTuning
 from lightning_peft.strategies import PromptTuning as PromptTuning
 from lightning_peft.strategies import QDoRA as QDoRA
 from lightning_peft.strategies import QLoRA as QLoRA
+from lightning_peft.strategies import ReLoRA as ReLoRA
+from lightning_peft.strategies import ReMoRA as ReMoRA
 from lightning_peft.strategies import TokenRows as TokenRows
 from lightning_peft.strategies import VeRA as VeRA
 from lightning_peft.strategies import get_method as get_method
@@ -53,10 +63,11 @@ if TYPE_CHECKING:
     from lightning_peft.training import PEFTDataModule as PEFTDataModule
     from lightning_peft.training import PEFTLightningModule as PEFTLightningModule
     from lightning_peft.training import load_from_checkpoint as load_from_checkpoint
+    from lightning_peft.training import shard as shard
 
 __version__ = "0.1.0"
 _COST = ("CostReport", "estimate")
-_TRAINING = ("PEFTCallback", "PEFTDataModule", "PEFTLightningModule", "load_from_checkpoint")
+_TRAINING = ("PEFTCallback", "PEFTDataModule", "PEFTLightningModule", "load_from_checkpoint", "shard")
 
 
 def __getattr__(name: str) -> Any:

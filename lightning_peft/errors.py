@@ -67,5 +67,7 @@ class DeadAdapterError(PEFTError, RuntimeError):
 
 def did_you_mean(name: str, options: Iterable[str], *, count: int = 3) -> str:
     """Return ``" Did you mean 'a' or 'b'?"``, or an empty string when nothing is close."""
+    if len(name) > 200:  # no name, and the search takes time and memory for every character
+        return ""
     close = difflib.get_close_matches(name, list(options), n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

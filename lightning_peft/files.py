@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from lightning_peft.untrusted import inside
+
 STAGING = ".saving-"
 _ABANDONED = 3600.0  # seconds without a write, after which a file beside its place belongs to a process that was killed
 
@@ -25,6 +27,10 @@ def staged(directory: str | os.PathLike[str], last: Sequence[str] = ()) -> Itera
     Args:
         directory: The folder; made if needed.
         last: Names of files that move after all others, in this order: those that describe the rest.
+
+    Raises:
+        FormatError: A folder in it that would be written to is a link out of it.
+        OSError: It cannot be written.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,6 +40,7 @@ def staged(directory: str | os.PathLike[str], last: Sequence[str] = ()) -> Itera
         written = [path for path in staging.rglob("*") if path.is_file()]
         for path in written:
             sync(path)
+            inside(folder, str(path.relative_to(staging).parent))
         rank = {name: place for place, name in enumerate(last)}
         for path in sorted(written, key=lambda p: rank.get(p.name, -1)):
             target = folder / path.relative_to(staging)

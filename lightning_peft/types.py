@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
@@ -75,3 +75,24 @@ def resolve_adapter_dtype(choice: AdapterDtype, base: torch.dtype) -> torch.dtyp
 def has_values(tensor: Tensor) -> bool:
     """Return whether a tensor holds numbers: it is neither on the meta device nor one of those that the cost model runs on."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a DTensor's whole, which every rank has to ask for (differentiable), and any other tensor as it is."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that every rank has, laid out like ``like``: a DTensor if that is one."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def in_pieces(tensors: Iterable[Tensor]) -> bool:
+    """Return whether one of the tensors is a DTensor, or belongs to a unit of FSDP1."""
+    return any(hasattr(t, "full_tensor") or getattr(t, "_fsdp_flattened", False) for t in tensors)

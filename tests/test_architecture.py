@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 # From the bottom to the top. A module may import its own unit and the units of lower layers.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "types", "optional", "files"),
+    ("errors", "types", "optional", "files", "untrusted"),
     ("quantization",),
     ("nn",),
     ("surgery",),
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
-# The foundation is three files of one layer, the command line's `__main__` belongs to the package itself.
+# The foundation is a few files of one layer, the command line's `__main__` belongs to the package itself.
 SIDEWAYS = {("interop", "checkpoint"), ("serving", "checkpoint")} | {
     (a, b) for units in (LAYERS[0], LAYERS[-1]) for a in units for b in units
 }

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_peft.checkpoint.manifest import Manifest, manifest_of
+from lightning_peft.checkpoint.manifest import Manifest, manifest_of, sealed
 from lightning_peft.files import staged
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.handle import Handle
@@ -53,6 +53,7 @@ def save_adapter(
     directory: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
+    state: Mapping[str, Tensor] | None = None,
     extra_state: Mapping[str, Tensor] | None = None,
     root: str = "",
 ) -> Path:
@@ -65,6 +66,7 @@ def save_adapter(
         handle: The adapter.
         directory: The folder; made if needed.
         tokenizer: Saved into the same folder by its own ``save_pretrained``.
+        state: The tensors to save, by file key, when they are not the live ones (gathered from shards).
         extra_state: Other trained tensors to keep with the adapter (a task head), by their key in the user's module.
         root: Path of the adapted root inside the user's module; empty when the adapted root is all there is.
 
@@ -77,7 +79,7 @@ def save_adapter(
         OSError: The folder cannot be written.
     """
     extra = dict(extra_state or {})
-    state = handle.state_dict()
+    state = handle.state_dict() if state is None else state
     manifest = manifest_of(handle, root=root, state=state, extra_state=extra)
     return write_adapter(AdapterFile(manifest, handle.strategy, state, extra), directory, tokenizer=tokenizer)
 
@@ -89,7 +91,7 @@ def write_adapter(adapter: AdapterFile, directory: str | os.PathLike[str], *, to
             tokenizer.save_pretrained(str(staging))
         _write_tensors(adapter, staging / TENSORS)
         file = {"sha256": sha256(staging / TENSORS)}
-        text = json.dumps({**adapter.manifest, "file": file}, indent=1, ensure_ascii=False)
+        text = json.dumps(sealed({**adapter.manifest, "file": file}), indent=1, ensure_ascii=False)
         # It moves last: until it lies there, it names the checksum of the tensor file before.
         (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return Path(directory)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.checkpoint.files import AdapterFile
-from lightning_peft.checkpoint.manifest import Manifest, check_base, require_base
+from lightning_peft.checkpoint.manifest import Manifest, check_base, entries_of, require_base
 from lightning_peft.checkpoint.reading import adapter_of, load_checkpoint, manifests_of, read_adapter
+from lightning_peft.checkpoint.sharded import is_sharded
 from lightning_peft.errors import CompatibilityError
 from lightning_peft.strategies.install import reinstall
 from lightning_peft.surgery.anatomy import Family
@@ -53,7 +54,8 @@ def load_adapter(
     root, prefix = _find_root(model, manifest)
     require_base(root, manifest)
     replaced = _extra_targets(model, prefix, adapter)
-    handle = reinstall(root, adapter.strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)
+    room = entries_of(manifest)
+    handle = reinstall(root, adapter.strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy, room=room)
     handle.usage = dict(manifest.get("usage", {}))
     try:
         empty = [key for key, tensor in handle.state_dict().items() if tensor.is_meta]
@@ -77,7 +79,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> str:
         FormatError: The file is missing, truncated, corrupted, foreign, or of a newer format.
     """
     place = Path(path)
-    if place.is_dir() or place.suffix in (".safetensors", ".json"):
+    if (place.is_dir() and not is_sharded(place)) or place.suffix in (".safetensors", ".json"):
         found = [read_adapter(place)]
     else:
         checkpoint = load_checkpoint(place)
@@ -97,7 +99,8 @@ def _find_root(model: nn.Module, manifest: Manifest) -> tuple[nn.Module, str]:
     """Return the module that fits as adapted root, and the prefix of its keys in the module that was saved."""
     path = manifest["root"]
     candidates = [(model, path)]
-    with contextlib.suppress(AttributeError):  # the adapted root itself was given
+    # Nothing of that name: the adapted root itself was given. A property of that name may raise RuntimeError.
+    with contextlib.suppress(AttributeError, RuntimeError):
         candidates.insert(0, (model.get_submodule(path), ""))
     for root, prefix in candidates:
         if compare_structures(manifest["base"]["structure"], base_fingerprint(root)["structure"]) is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -12,20 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.checkpoint.keys import live_keys
-from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError, FormatError, UnknownMethodError, did_you_mean
+from lightning_peft.errors import CompatibilityError, ConflictError, FormatError, UnknownMethodError, did_you_mean
 from lightning_peft.quantization.preparation import preparation_of
 from lightning_peft.strategies.registry import get_method, resolve
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.fingerprint import UNCHECKED, base_fingerprint, compare_fingerprints, fingerprint
 from lightning_peft.surgery.handle import Handle
-from lightning_peft.types import AdapterDtype
+from lightning_peft.types import AdapterDtype, in_pieces
+from lightning_peft.untrusted import check_plain
 
 Manifest = dict[str, Any]
 FORMAT = 1
 UPGRADE = "Upgrade the package: pip install -U lightning-peft."
 
+CHECKSUM = "checksum"
+MOST_STRATEGIES = 64  # in one manifest, with those inside compositions
+_STRATEGY_VALUES = 10_000  # of all strategies of a manifest together: every pattern is looked up in every module
+
 # Every field and the type of its value. "file" describes the tensor file and is absent in a checkpoint; "usage" says what the
-# adapter was trained for (name of the base, task, prompt) and may be absent.
+# adapter was trained for (name of the base, task, prompt) and may be absent; "checksum" (see `sealed`) is absent before 0.2.
 _FIELDS: dict[str, type] = {
     "format": int,
     "package_version": str,
@@ -38,7 +46,7 @@ _FIELDS: dict[str, type] = {
     "tensors": dict,
     "extra": dict,
 }
-_OPTIONAL: dict[str, type] = {"file": dict, "usage": dict}
+_OPTIONAL: dict[str, type] = {"file": dict, "usage": dict, CHECKSUM: str}
 _NESTED: dict[str, dict[str, tuple[type, ...]]] = {
     "base": {"structure": (dict,), "values": (dict, type(None)), "preparation": (dict,)},
     "file": {"sha256": (str,)},
@@ -79,6 +87,11 @@ def manifest_of(
     if tensors.keys() != keys:
         wrong = sorted(tensors.keys() ^ keys)
         raise ConflictError(f"adapter '{handle.name}' owns {len(keys)} tensors, the state given differs by {wrong[:3]}.")
+    if in_pieces([*tensors.values(), *(extra_state or {}).values()]):
+        raise ConflictError(
+            f"adapter '{handle.name}' lies in pieces on several ranks (FSDP). PEFTCallback gathers it for checkpoints and at the end of "
+            "fit; load it from there (lp.load_adapter)."
+        )
     strategy = handle.strategy.to_dict(defaults=True)
     claimed = {slot.key for slot in handle.slots if slot.claimed}
     dtypes = {_dtype_name(t.dtype) for key, t in tensors.items() if key not in claimed and t.is_floating_point()}
@@ -97,13 +110,28 @@ def manifest_of(
     }
 
 
+def sealed(manifest: Mapping[str, Any]) -> Manifest:
+    """Return a manifest, about to be written, with a checksum over all its other fields.
+
+    The checksums of the tensors say nothing about the rest: one flipped bit makes an alpha of 16 one of 17.
+    """
+    return {**manifest, CHECKSUM: _checksum(manifest)}
+
+
+def entries_of(manifest: Mapping[str, Any]) -> int:
+    """Return how many numbers the tensors of a checked manifest have together, without the extra ones."""
+    return sum(math.prod(record["shape"]) for record in manifest["tensors"].values())
+
+
 def check_manifest(manifest: Any, where: str = "the manifest") -> PEFTStrategy:
     """Check a manifest's form and return its strategy.
 
     Raises:
-        FormatError: The format or a method's version is newer than this package; a field is unknown, missing or malformed.
+        FormatError: The format or a method's version is newer than this package; a field is unknown, missing or malformed; or it is
+            not as it was written.
         UnknownMethodError: No registered method has the strategy's name.
     """
+    check_plain(manifest, where)
     if not isinstance(manifest, Mapping) or type(manifest.get("format")) is not int or manifest["format"] < 1:
         raise FormatError(f"{where} is not an adapter manifest: it has no format number.")
     if manifest["format"] > FORMAT:
@@ -117,6 +145,10 @@ def check_manifest(manifest: Any, where: str = "the manifest") -> PEFTStrategy:
     missing = [field for field in _FIELDS if field not in manifest]
     if missing:
         raise FormatError(f"{where} lacks the field {missing[0]!r}; it is damaged.")
+    if manifest.get(CHECKSUM) not in (None, _checksum(manifest)):
+        raise FormatError(
+            f"{where} is not as it was written: its checksum is another one. It is corrupted, or was changed by hand; take another copy."
+        )
     _check_contents(manifest, where)
     return _strategy(manifest, where)
 
@@ -174,13 +206,19 @@ def check_tensors(index: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, 
             "It is damaged, or was made by something else."
         )
     for key, record in index.items():
-        found = _describe(key, tensors[key])
-        for what in ("shape", "dtype", "crc32"):
-            if found[what] != record[what]:
-                raise FormatError(
-                    f"{where}: tensor '{key}' has {what} {found[what]}, the manifest says {record[what]}. The file is corrupted, or "
-                    "was changed; take another copy."
-                )
+        tensor: Any = tensors[key]
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise FormatError(f"{where}: '{key}' is no plain tensor, but {type(tensor).__name__}. It was made by something else.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides that show one number many times
+            raise FormatError(
+                f"{where}: tensor '{key}' {tuple(tensor.shape)} has fewer bytes than entries. It was made by something else."
+            )
+        _expect(record, {"shape": list(tensor.shape), "dtype": _dtype_name(tensor.dtype)}, key, where)
+        try:
+            found = _describe(key, tensor)
+        except (RuntimeError, TypeError) as error:  # dtypes and views that have no bytes to read
+            raise FormatError(f"{where}: tensor '{key}' ({tensor.dtype}) cannot be read: {error}.") from error
+        _expect(record, found, key, where)
 
 
 def package_version() -> str:
@@ -204,6 +242,21 @@ def _base_of(model: Handle | nn.Module) -> dict[str, Any]:
 
 def _prepared(preparation: Mapping[str, Any]) -> str:
     return f"the preparation {dict(preparation)}" if preparation else "no preparation"
+
+
+def _expect(record: Mapping[str, Any], found: Mapping[str, Any], key: str, where: str) -> None:
+    for what, value in found.items():
+        if value != record[what]:
+            raise FormatError(
+                f"{where}: tensor '{key}' has {what} {value}, the manifest says {record[what]}. The file is corrupted, or was changed; "
+                "take another copy."
+            )
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest as JSON with sorted keys and no spaces: equal in a folder and in a checkpoint."""
+    fields = {field: value for field, value in manifest.items() if field != CHECKSUM}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _relative(key: str, root: str) -> str:
@@ -247,6 +300,8 @@ def _check_contents(manifest: Mapping[str, Any], where: str) -> None:
             missing: dict[str, Any] = {"preparation": {}} if field == "base" else {}  # not prepared, as in all files before 0.2
             _check_record(missing | manifest[field], shape, f"{where}: {field}")
     _check_record(manifest["base"]["structure"], {"hash": (str,), "tensors": (dict,)}, f"{where}: base.structure")
+    if not all(type(count) is int for count in manifest["base"]["structure"]["tensors"].values()):
+        raise FormatError(f"{where}: base.structure counts something else than tensors. It is damaged.")
     for key, record in (manifest["base"]["values"] or {}).items():
         _check_record(record, {"stored": (str,), "entries": (list,)}, f"{where}: base value {key!r}")
         if not all(type(entry) in (float, type(None)) for entry in record["entries"]):
@@ -257,15 +312,24 @@ def _check_contents(manifest: Mapping[str, Any], where: str) -> None:
         )
     for key, record in (manifest["tensors"] | manifest["extra"]).items():
         _check_record(record, _TENSOR, f"{where}: tensor {key!r}")
+        if not all(type(side) is int and side >= 0 for side in record["shape"]):
+            raise FormatError(f"{where}: tensor {key!r} has the shape {record['shape']}. It is damaged.")
 
 
 def _strategy(manifest: Mapping[str, Any], where: str) -> PEFTStrategy:
+    check_plain(manifest["strategy"], f"{where}: the strategy", values=_STRATEGY_VALUES, finite=True)
     try:
-        return resolve(_upgraded(manifest["strategy"], manifest["methods"], where))
+        strategy = resolve(_upgraded(manifest["strategy"], manifest["methods"], where))
+        count = sum(1 for _ in _class_paths(strategy.to_dict()))
     except UnknownMethodError as error:
         raise UnknownMethodError(f"{where}: {error} Install the package that brings the method, or upgrade this one.") from error
-    except (ConfigError, TypeError) as error:
+    except FormatError:
+        raise
+    except Exception as error:  # every method checks its own values, in its own way
         raise FormatError(f"{where}: the strategy cannot be read: {error}") from error
+    if count > MOST_STRATEGIES:
+        raise FormatError(f"{where}: the strategy consists of {count} methods; {MOST_STRATEGIES} are the most.")
+    return strategy
 
 
 def _upgraded(data: Any, versions: Mapping[str, Any], where: str) -> Any:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_peft.checkpoint.files import EXTRA, MANIFEST, TENSORS, AdapterFile, sha256
 from lightning_peft.checkpoint.keys import file_keys
-from lightning_peft.checkpoint.manifest import FORMAT, UPGRADE, Manifest, check_manifest, check_tensors
+from lightning_peft.checkpoint.manifest import FORMAT, UPGRADE, Manifest, check_manifest, check_tensors, sealed
+from lightning_peft.checkpoint.sharded import ShardedCheckpoint, is_sharded
 from lightning_peft.errors import FormatError, did_you_mean
+from lightning_peft.untrusted import check_plain, check_safetensors, inside, load_archive, parse_json, read_text
 
 CHECKPOINT_KEY = "peft"
 
 
 def stamp(checkpoint: dict[str, Any], manifests: Mapping[str, Manifest]) -> None:
     """Enter the manifests of all adapters whose tensors lie in ``checkpoint["state_dict"]``, by adapter name."""
-    checkpoint[CHECKPOINT_KEY] = {"format": FORMAT, "adapters": dict(manifests)}
+    checkpoint[CHECKPOINT_KEY] = {"format": FORMAT, "adapters": {name: sealed(manifest) for name, manifest in manifests.items()}}
 
 
 def manifests_of(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Manifest]:
@@ -39,6 +39,7 @@ def manifests_of(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
         raise FormatError(f"{where} holds no adapter: it was saved without PEFTCallback, or before it was added.")
     if not isinstance(found, Mapping) or type(found.get("format")) is not int or not isinstance(found.get("adapters"), Mapping):
         raise FormatError(f"{where}: its entry {CHECKPOINT_KEY!r} is not one of lightning_peft.")
+    check_plain(found["adapters"], where)
     if found["format"] > FORMAT:
         raise FormatError(f"{where} has adapter format {found['format']}, this package reads up to {FORMAT}. {UPGRADE}")
     for name, manifest in found["adapters"].items():
@@ -66,7 +67,7 @@ def adapter_of(checkpoint: Mapping[str, Any], name: str | None = None, where: st
         raise FormatError(f"{where} holds no adapter '{name}'.{did_you_mean(name, manifests)} It holds: {', '.join(manifests)}.")
     manifest = manifests[name]
     live = checkpoint.get("state_dict")
-    if not isinstance(live, Mapping):
+    if not isinstance(live, Mapping) or not all(isinstance(key, str) for key in live):
         raise FormatError(f"{where} has no state_dict.")
     keys = file_keys(live, name, manifest["root"])
     state = {key: live[keys[key]] for key in manifest["tensors"] if key in keys}
@@ -80,7 +81,7 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     """Read an adapter from its folder, or from a Lightning checkpoint.
 
     Args:
-        path: The folder, or a ``.ckpt`` file.
+        path: The folder, or a ``.ckpt`` file or folder (FSDP strategies write folders).
         name: Name of the adapter in a checkpoint; needed when it holds several. A folder holds one.
 
     Raises:
@@ -90,21 +91,23 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     place = Path(path)
     if place.name in (TENSORS, MANIFEST):
         place = place.parent
-    if place.is_dir():
+    if place.is_dir() and not is_sharded(place):
         return _read_folder(place)
     return adapter_of(load_checkpoint(place), name, f"'{place}'")
 
 
 def load_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Load a ``.ckpt`` file without running anything that it holds (``weights_only=True``).
+    """Load a ``.ckpt`` file, or the folder of a sharded checkpoint, without running anything that it holds (``weights_only=True``).
 
     Raises:
         FormatError: It is missing, truncated, or holds objects other than tensors and plain values.
     """
+    if path.is_dir() and is_sharded(path):
+        return ShardedCheckpoint(path).read()
     if not path.is_file():
         raise FormatError(f"'{path}' does not exist: give an adapter folder or a Lightning .ckpt file.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_archive(path)
     except pickle.UnpicklingError as error:
         raise FormatError(
             f"'{path}' is no checkpoint that can be loaded safely: {str(error).splitlines()[0]} Objects of own classes in it come "
@@ -120,15 +123,12 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def _read_folder(folder: Path) -> AdapterFile:
     where = f"'{folder}'"
-    if not (folder / MANIFEST).is_file():
+    described, path = inside(folder, MANIFEST), inside(folder, TENSORS)
+    if not described.is_file():
         raise FormatError(_foreign(folder))
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"'{folder / MANIFEST}' is not JSON: {error}. It is truncated or was changed.") from error
+    manifest = parse_json(read_text(described), f"'{described}'")
     strategy = check_manifest(manifest, f"'{folder / MANIFEST}'")
     file = manifest.get("file")
-    path = folder / TENSORS
     if file is None or not path.is_file():
         raise FormatError(f"{where} holds {MANIFEST} but no {TENSORS} that belongs to it; the copy is incomplete.")
     if sha256(path) != file["sha256"]:
@@ -136,6 +136,7 @@ def _read_folder(folder: Path) -> AdapterFile:
             f"'{path}' is not the file that {MANIFEST} describes: it is truncated or corrupted, or saving was interrupted between the "
             "two. Take another copy, or save again."
         )
+    check_safetensors(path)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -152,11 +153,6 @@ def _foreign(folder: Path) -> str:
         return (
             f"'{folder}' is an adapter of Hugging Face peft, a format that this version does not read. Merge it with peft "
             "(merge_and_unload, then save_pretrained) and use the result as the base."
-        )
-    if (folder / ".metadata").is_file():
-        return (
-            f"'{folder}' is a sharded checkpoint. Turn it into one file first: python -m "
-            f"lightning.pytorch.utilities.consolidate_checkpoint '{folder}'."
         )
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
     return f"'{folder}' is not an adapter folder: it holds {found}, and no {MANIFEST}."

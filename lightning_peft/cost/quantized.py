@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.quantization.backend import QuantBackend, backends, nothing
 from lightning_peft.quantization.config import Quantization
+from lightning_peft.quantization.product import quantized_linear
 
 
 @dataclass(frozen=True)
@@ -61,50 +62,21 @@ class StoredLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of ``x``, as bitsandbytes' layers compute."""
-        bias = None if self.bias is None else self.bias.to(self.dense_dtype)
-        product: Any = _Product if self.plain else _Int8Product
-        out: Tensor = product.apply(x.to(self.dense_dtype), self.weight, bias, self)
-        return out.to(x.dtype)
 
+        def unpack(codes: Tensor, *, dtype: torch.dtype) -> Tensor:
+            return unpacked(self).to(dtype)
 
-class _Product(torch.autograd.Function):
-    """x Wᵀ + b with W unpacked for it, forward and backward."""
+        return quantized_linear(x, self.bias, self.dense_dtype, (self.weight,), unpack, None if self.plain else self._in_int8)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, bias: Tensor | None, layer: StoredLinear) -> Tensor:
-        ctx.layer, ctx.has_bias = layer, bias is not None
-        ctx.save_for_backward(codes)
-        return nn.functional.linear(x, unpacked(layer), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
-        of_x = g @ unpacked(ctx.layer) if ctx.needs_input_grad[0] else None
-        of_bias = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return of_x, None, of_bias, None
-
-
-class _Int8Product(torch.autograd.Function):
-    """LLM.int8 (arXiv 2208.07339) without outlier columns: the input in 8 bits, the product in int32; dense only backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, bias: Tensor | None, layer: StoredLinear) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(codes)
+    def _in_int8(self, x: Tensor, bias: Tensor | None, codes: Tensor) -> Tensor:
+        """LLM.int8 (arXiv 2208.07339) without outlier columns: the input in 8 bits, the product in int32; dense only backward."""
         rows = x.flatten(0, -2).half().to(torch.int8)
         weight = (
-            codes.flatten()[: layer.out_features * layer.in_features].view(torch.int8).view(layer.out_features, layer.in_features)
+            codes.flatten()[: self.out_features * self.in_features].view(torch.int8).view(self.out_features, self.in_features)
         )
         out = torch._int_mm(rows, weight.T).to(torch.float16)
         out = out if bias is None else out.add_(bias)
         return out.to(x.dtype).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
-        of_x = g @ unpacked(ctx.layer) if ctx.needs_input_grad[0] else None
-        of_bias = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return of_x, None, of_bias, None
 
 
 def unpacked(layer: StoredLinear) -> Tensor:

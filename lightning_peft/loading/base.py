@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,20 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError, DependencyError, PEFTError, did_you_mean
+from lightning_peft.errors import (
+    CompatibilityError,
+    ConfigError,
+    ConflictError,
+    DependencyError,
+    FormatError,
+    PEFTError,
+    did_you_mean,
+)
 from lightning_peft.loading.quantize import quantize
 from lightning_peft.loading.saved import METHOD, is_saved
 from lightning_peft.quantization.backend import backend_for
 from lightning_peft.quantization.options import Quantizable, QuantizeOptions
+from lightning_peft.untrusted import parse_json, read_text
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -112,9 +122,12 @@ def load_tokenizer(source: BaseSource) -> Any:
         DependencyError: A package is missing.
     """
     where, kwargs = source.arguments()
+    _check_folder(where)
     try:
         return _transformers().AutoTokenizer.from_pretrained(where, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (MemoryError, DependencyError):
+        raise
+    except Exception as error:  # tokenizers knows no other class
         raise ConfigError(
             f"cannot load a tokenizer from {source.name!r}: {_first_line(error)} Give tokenizer= a name, a folder or an object."
         ) from error
@@ -134,6 +147,7 @@ def load_model(source: BaseSource, task: str, labels: Sequence[str] | None = Non
         DependencyError: A package is missing.
     """
     where, kwargs = source.arguments()
+    _check_folder(where)
     transformers = _transformers()
     kwargs["dtype"] = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     if source.attn_implementation is not None:
@@ -147,9 +161,9 @@ def load_model(source: BaseSource, task: str, labels: Sequence[str] | None = Non
         kwargs |= {"id2label": names, "label2id": {name: i for i, name in names.items()}, "ignore_mismatched_sizes": True}
     try:
         model, info = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(where, output_loading_info=True, **kwargs)
-    except PEFTError:
+    except (PEFTError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a config says what is built, and wrong values in it fail anywhere
         stream = getattr(config, "stream", None)
         if stream is not None and stream.error is not None:
             raise stream.error from error
@@ -195,6 +209,23 @@ def _quantization_config(source: BaseSource, where: str, asked: QuantizeOptions 
     return None if asked is None else config
 
 
+def _check_folder(where: str) -> None:
+    """Check the JSON files by which a local model folder says what is built and read, before transformers believes them.
+
+    Raises:
+        FormatError: One is too long or too deep, or names weights outside the folder. Links are the owner's own way to store weights.
+    """
+    folder = Path(where)
+    for path in (folder / "config.json", *folder.glob("*.index.json")) if os.path.isdir(where) else ():
+        if not path.is_file():
+            continue
+        described = parse_json(read_text(path), f"'{path}'", unique=False)  # foreign files may hold a key twice, and some do
+        files = described.get("weight_map") if isinstance(described, dict) else None
+        for name in set(map(str, files.values())) if isinstance(files, dict) else ():
+            if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+                raise FormatError(f"'{path}' names the weights {name!r}, which lie outside the folder.")
+
+
 def quantized_as(source: BaseSource) -> str | None:
     """Return the name of the method by which a checkpoint is quantized, None for a dense one; a GGUF file is unpacked, so it is dense.
 
@@ -204,9 +235,11 @@ def quantized_as(source: BaseSource) -> str | None:
     if source.gguf is not None:
         return None
     where, kwargs = source.arguments()
+    _check_folder(where)
+    transformers = _transformers()
     try:
-        config = _transformers().AutoConfig.from_pretrained(where, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+        config = transformers.AutoConfig.from_pretrained(where, **kwargs)
+    except Exception as error:
         raise ConfigError(f"cannot load base={source.name!r}: {_first_line(error)}") from error
     stored = getattr(config, "quantization_config", None)
     if stored is None:

@@ -28,11 +28,13 @@ from lightning_peft.quantization.config import Quantization
 from lightning_peft.quantization.preparation import FACTORS, note, recipe_of
 from lightning_peft.surgery.stack import stacks
 from lightning_peft.surgery.tree import ModuleTree, join
+from lightning_peft.untrusted import check_safetensors, parse_json, read_text
 
 METHOD = "lightning_peft"  # what config.json of a saved transformers model names as its quantization
 FORMAT = 1
 DENSE, QUANTIZED, DESCRIPTION = "model.safetensors", "quantized.safetensors", "quantized.json"
 LEFT, RIGHT = "loftq.left", "loftq.right"
+DTYPES = ("float64", "float32", "bfloat16", "float16")  # that a layer computes in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,8 @@ class SavedLayers:
         built: dict[str, nn.Linear] = {}
         for path, record in self.records.items():
             tensors, config = dict(self.tensors[path]), Quantization.parse(record["quantization"])
+            if (LEFT in tensors) != (RIGHT in tensors):
+                raise FormatError(f"{self.where}, layer '{path}': one of LoftQ's two factors is missing. It is damaged.")
             factors = (tensors.pop(LEFT), tensors.pop(RIGHT)) if LEFT in tensors else None
             try:
                 layer = backend_for(config).from_state(tuple(record["shape"]), tensors, None, config)
@@ -170,6 +174,9 @@ def load_quantized(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mo
         raise ConflictError(f"'{busy or 'the model'}' is quantized or adapted already. Load into a fresh dense model.")
     saved = _read(folder, description)
     dense = _load(folder / DENSE, folder)
+    loose = sorted(set(description["ties"].values()) - dense.keys())
+    if loose:
+        raise FormatError(f"{where}: tensors are tied to '{loose[0]}', which is not there. It is damaged.")
     slots = _slots(tree, {_resolve(tree, path, where) for path in saved.records})
     wanted, found = set(slots), set(dense) | set(description["ties"])
     if wanted != found:
@@ -222,7 +229,7 @@ def read_layers(model: nn.Module, checkpoint_files: Any) -> SavedLayers:
 
 def is_saved(folder: str | os.PathLike[str]) -> bool:
     """Return whether :func:`save_quantized` wrote the folder."""
-    return (Path(folder).expanduser() / DESCRIPTION).is_file()
+    return os.path.isfile(Path(folder).expanduser() / DESCRIPTION)  # False also for a name too long for a file
 
 
 def _dense_tensors(tree: ModuleTree, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -286,19 +293,18 @@ def _description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise FormatError(f"'{folder}' has no {DESCRIPTION}: it is no folder that save_quantized wrote, or not all of it.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        description = json.loads(text)
-    except ValueError as error:
-        raise FormatError(f"'{path}' is not JSON: {error}. It is truncated or was changed.") from error
+    text = read_text(path)
+    description = parse_json(text, f"'{path}'")
     if not isinstance(description, dict) or type(description.get("format")) is not int:
         raise FormatError(f"'{path}' does not describe a quantized model.")
     if description["format"] > FORMAT:
         raise FormatError(f"'{path}' has format {description['format']}, this package reads up to {FORMAT}. Upgrade the package.")
     if description.keys() != {"format", "layers", "ties", "left"}:
         raise FormatError(f"'{path}' has the fields {sorted(description)}; it is damaged.")
+    _check_fields(description, f"'{path}'")
     for name in (DENSE, QUANTIZED):
         try:
+            check_safetensors(folder / name)
             with safe_open(folder / name, framework="pt") as file:
                 stamp = (file.metadata() or {}).get("description")
         except (OSError, SafetensorError) as error:
@@ -309,6 +315,23 @@ def _description(folder: Path) -> dict[str, Any]:
                 "Save again."
             )
     return description
+
+
+def _check_fields(description: Mapping[str, Any], where: str) -> None:
+    layers, ties = description["layers"], description["ties"]
+    if not isinstance(layers, dict) or not isinstance(ties, dict) or not all(isinstance(key, str) for key in ties.values()):
+        raise FormatError(f"{where}: its layers or ties are no objects. It is damaged.")
+    for path, record in layers.items():
+        shape = record.get("shape") if isinstance(record, dict) else None
+        if (
+            not isinstance(shape, list)
+            or len(shape) != 2
+            or not all(type(side) is int and side > 0 for side in shape)
+            or not isinstance(record.get("quantization"), dict)
+            or record.get("dtype") not in DTYPES
+            or not isinstance(record.get("recipe", {}), dict)
+        ):
+            raise FormatError(f"{where}: what it says about layer '{path}' is damaged: {str(record)[:200]}.")
 
 
 def _load(path: Path, folder: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ convolution, norm, fused slices, expert stacks) and every storage.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class LayerSpec:
         out_features: Rows of the canonical weight; output channels.
         in_features: Columns of the canonical weight. Convolution: in_channels / groups x kernel size. Norm: 1.
         groups: Convolution groups; 1 for anything else.
+        kernel: Kernel size of a convolution, its dimensions multiplied; 1 for anything else.
         batch: Leading dimensions of the canonical weight, ``(experts,)`` for an expert stack.
         has_bias: The layer has a bias of ``out_features``.
         has_input: The adapter sees the layer's input. False for weights that are read inside somebody else's forward: then
@@ -39,6 +41,7 @@ class LayerSpec:
     out_features: int
     in_features: int
     groups: int = 1
+    kernel: int = 1
     batch: tuple[int, ...] = ()
     has_bias: bool = False
     has_input: bool = True
@@ -87,6 +90,15 @@ class BaseLayer(Protocol):
                 (DoRA, arXiv 2402.09353, as its authors' code has it).
         """
 
+    def full_rank(self, x: Tensor, delta: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """Return ``W x + ΔW drop(x) + b``, the layer and a branch beside it that is given as one matrix.
+
+        Args:
+            x: Input of the layer.
+            delta: ΔW ``(out, in)``, which reads ``x`` as the layer does.
+            dropout: As in :meth:`low_rank`.
+        """
+
 
 @dataclass(frozen=True)
 class BuildContext:
@@ -102,6 +114,7 @@ class BuildContext:
         shared: Modules shared by several edits of the plan, by name.
         residual: Returns factors L (out, r), R (r, in) of what the storage of the weight has lost, W ≈ weight() + L R, in fp32; None
             where none were kept.
+        claim: Called with the number of entries of every tensor before it is made; raises where there is no room for it.
     """
 
     path: str
@@ -112,9 +125,11 @@ class BuildContext:
     seed: int
     shared: Mapping[str, nn.Module] = field(default_factory=dict)
     residual: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
+    claim: Callable[[int], None] = lambda entries: None
 
     def empty(self, *shape: int) -> nn.Parameter:
         """Return an uninitialised parameter; :meth:`AdapterModule.reset_parameters` fills it."""
+        self.claim(math.prod(shape))
         return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device))
 
 
@@ -157,9 +172,15 @@ class MergeableModule(AdapterModule):
 class DeltaModule(MergeableModule):
     """A mergeable adapter that adds ``delta()`` to the weight and leaves the bias alone."""
 
+    dropout: float = 0.0
+
     @abstractmethod
     def delta(self) -> Tensor:
         """Return ΔW, canonical ``(*batch, out, in)``, in the dtype of the adapter's parameters."""
+
+    def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), by ΔW as one matrix; a method that knows a leaner way overrides it."""
+        return base.full_rank(x, self.delta(), dropout=self.dropout if self.training else 0.0)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta().to(weight.dtype), bias

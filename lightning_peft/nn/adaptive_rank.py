@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.nn.adapter import BaseLayer, BuildContext, DeltaModule, fill_normal
+from lightning_peft.types import whole
 
 
 class AdaptiveRankAdapter(DeltaModule):
@@ -39,7 +40,8 @@ class AdaptiveRankAdapter(DeltaModule):
 
     def orthogonality(self) -> Tensor:
         """Return ``‖A Aᵀ − I‖_F + ‖Bᵀ B − I‖_F`` (equation 4, not squared, as in the authors' code)."""
-        identity = torch.eye(self.rank, dtype=self.lora_A.dtype, device=self.lora_A.device)
-        rows: Tensor = torch.linalg.matrix_norm(self.lora_A @ self.lora_A.T - identity)
-        columns: Tensor = torch.linalg.matrix_norm(self.lora_B.T @ self.lora_B - identity)
+        A, B = whole(self.lora_A), whole(self.lora_B)
+        identity = torch.eye(self.rank, dtype=A.dtype, device=A.device)
+        rows: Tensor = torch.linalg.matrix_norm(A @ A.T - identity)
+        columns: Tensor = torch.linalg.matrix_norm(B.T @ B - identity)
         return rows + columns

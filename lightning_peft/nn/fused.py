@@ -8,6 +8,7 @@ unpacked again instead of being kept dense.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def low_rank_linear(
         A: (r, in).
         B: (out, r).
         scaling: c.
-        dropout: Probability of dropping an entry of the branch's input; exact to 2⁻¹⁶.
+        dropout: Probability of dropping an entry of the branch's input, below 1.
         gain: (out,), or None for 1. Not with dropout, where the methods that have a gain mean something else.
         unpacked: W, where the caller has just unpacked it; not kept.
 
@@ -97,14 +98,38 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _kept(shape: torch.Size, device: torch.device, dropout: float, seed: int) -> tuple[Tensor, float]:
-    """Return which entries stay, drawn from ``seed``, and the factor that keeps the expectation."""
-    generator = torch.Generator(device).manual_seed(seed)
-    dropped = max(1, round(dropout * 2**16))
-    # 16 bits an entry: a quarter of the draws that one number per entry would take, which is most of the cost of dropout.
-    bits = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    kept = bits.view(torch.int16)[: shape.numel()].view(shape) >= dropped - 2**15
-    return kept, 1 / (1 - dropped / 2**16)
+class _Dropped:
+    """The entries of (n, in) tensors that dropout sets to zero: the same for one seed.
+
+    On the CPU, where drawing a number for every entry takes longer than the product with A, only the distances between dropped
+    entries are drawn: they are independent and geometrically distributed. CUDA draws in parallel, and must not wait for a count.
+    """
+
+    def __init__(self, shape: torch.Size, device: torch.device, dropout: float, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        self.mask = self.positions = None
+        if device.type != "cpu":
+            self.mask = torch.rand(shape, generator=generator, device=device) < dropout
+            return
+        count = shape.numel()
+        expected = count * dropout
+        drawn = [torch.zeros(1, dtype=torch.long)]
+        while True:
+            size = int(expected + 6 * math.sqrt(expected)) + 64
+            gaps = torch.rand(size, generator=generator).neg_().log1p_().div_(math.log1p(-dropout)).floor_().add_(1)
+            drawn.append(gaps.long().cumsum_(0).add_(drawn[-1][-1]))
+            if not has_values(gaps) or int(drawn[-1][-1]) > count:
+                break
+        positions = torch.cat(drawn[1:]).sub_(1)
+        self.positions = positions[: int(torch.searchsorted(positions, count))] if has_values(positions) else positions
+
+    def zero_(self, x: Tensor) -> Tensor:
+        """Set the entries of a contiguous tensor to zero, in place."""
+        if self.mask is not None:
+            return x.masked_fill_(self.mask, 0)
+        assert self.positions is not None
+        x.view(-1).index_fill_(0, self.positions, 0)
+        return x
 
 
 def _matrix(weight: Tensor, unpack: Callable[[], Tensor] | None, dtype: torch.dtype) -> Tensor:
@@ -130,8 +155,8 @@ class _LowRankLinear(torch.autograd.Function):
         dtype = x.dtype
         rows = read = x.reshape(-1, x.shape[-1])
         if dropout:
-            kept, factor = _kept(rows.shape, x.device, dropout, seed)
-            read, scaling = rows * kept, scaling * factor
+            read = _Dropped(rows.shape, x.device, dropout, seed).zero_(rows.clone(memory_format=torch.contiguous_format))
+            scaling = scaling / (1 - dropout)
         z = read @ A.T.to(dtype)
         W = _matrix(weight, unpack, dtype) if unpacked is None else unpacked.to(dtype)
         shift = None if bias is None else bias.to(dtype)
@@ -193,16 +218,18 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         of_B = (z.T @ g).mul_(scaling).to(B.dtype).T.contiguous()  # g.T @ z takes MKL twice the time
     if wanted[0] or wanted[3]:
         of_z = (g @ B_).mul_(scaling)
-        kept = _kept(torch.Size((len(g), ctx.shape[-1])), ctx.device, ctx.dropout, ctx.seed)[0] if ctx.dropout else None
+        shape = torch.Size((len(g), ctx.shape[-1]))
+        dropped = _Dropped(shape, ctx.device, ctx.dropout, ctx.seed) if ctx.dropout else None
         if wanted[3]:
             assert rows is not None
-            of_A = (of_z.T @ (rows if kept is None else rows * kept)).to(A.dtype)
+            read = rows if dropped is None else dropped.zero_(rows.clone(memory_format=torch.contiguous_format))
+            of_A = (of_z.T @ read).to(A.dtype)
         if wanted[0]:
             assert W is not None
             of_x = g @ W
-            if kept is None:
+            if dropped is None:
                 of_x.addmm_(of_z, A_)
             else:
-                of_x.addcmul_(of_z @ A_, kept.to(dtype))
+                of_x.add_(dropped.zero_(of_z @ A_))
             of_x = of_x.view(ctx.shape)
     return of_x, None, of_bias, of_A, of_B, of_gain, None, None, None, None, None

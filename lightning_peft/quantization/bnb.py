@@ -13,6 +13,7 @@ from lightning_peft.errors import ConfigError, FormatError, UnsupportedLayerErro
 from lightning_peft.quantization import bnb_layers as layers
 from lightning_peft.quantization.backend import QuantBackend, nothing
 from lightning_peft.quantization.bnb_layers import DTYPES
+from lightning_peft.quantization.codes import SCALES_PER_SCALE
 from lightning_peft.quantization.config import ComputeDtype, Quantization, Scheme, StorageDtype
 from lightning_peft.quantization.reference import TorchLinear, store
 from lightning_peft.quantization.stored import check_scales, check_state, check_weight, frozen
@@ -123,13 +124,19 @@ class BitsAndBytes(QuantBackend):
             wanted[blob] = ((state[blob].numel() if blob in state else 0,), torch.uint8)
         check_state(state, wanted, optional=[layers.FORMAT, _DENSE] if config.bits == 8 else [])
         layer = _empty(shape, bias, config, state[_DENSE].dtype if _DENSE in state else None)
-        layers.recode(layer, state)
+        try:
+            layers.recode(layer, state)
+        except Exception as error:  # the blob is JSON that bitsandbytes takes at its word
+            raise FormatError(f"The stored weight cannot be read: {type(error).__name__}: {error}.") from error
         if config.bits == 4:
+            # Its kernels read as many scales as these numbers say.
             stored = layers.quant_state(layer)
-            if tuple(stored.shape) != shape or stored.blocksize != config.block_size:
-                raise FormatError(
-                    f"The stored weight is {tuple(stored.shape)} in blocks of {stored.blocksize}, not {shape} in blocks of {config.block_size}."
-                )
+            said = {"shape": tuple(stored.shape or ()), "block_size": stored.blocksize, "scheme": stored.quant_type}
+            said |= {"scales_per_scale": stored.state2.blocksize} if stored.nested else {}
+            asked = {"shape": shape, "block_size": config.block_size, "scheme": config.scheme}
+            asked |= {"scales_per_scale": SCALES_PER_SCALE} if config.double_quant else {}
+            if said != asked or not isinstance(stored.dtype, torch.dtype):
+                raise FormatError(f"The stored weight is {said} of {stored.dtype}, not {asked}.")
         return layer
 
     def is_plain(self, module: nn.Linear) -> bool:

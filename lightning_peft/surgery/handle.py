@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +22,7 @@ from lightning_peft.surgery.stack import (
     bypass_error,
     stack_of,
 )
+from lightning_peft.types import in_pieces, placed
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +156,7 @@ class Handle:
                 )
         with torch.no_grad():
             for key, slot in slots.items():
-                slot.tensor().copy_(state[key])
+                slot.tensor().copy_(placed(state[key], slot.tensor()))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -168,6 +169,7 @@ class Handle:
         if self._disabled:  # an inner context changes nothing, and leaves the outer one to give the adapter back
             yield
             return
+        self._forbid_pieces("disabled()", (s.tensor() for s in self.slots if s.claimed))
         self._disabled = True
         for entry in self.entries:
             entry.enabled = False
@@ -222,6 +224,7 @@ class Handle:
         """
         self._forbid_merged("merge()")
         self._forbid_disabled("merge()")
+        self._forbid_pieces("merge()", self.root.parameters())
         self.verify()
         self._merge = MergedWeights.write(self, exact=exact, untie=untie, add_bias=add_bias, quantized=quantized)
         for entry in self.entries:
@@ -264,6 +267,13 @@ class Handle:
         if self._disabled:
             raise ConflictError(f"{what} inside disabled() of adapter '{self.name}'. Leave the `with` block first.")
 
+    def _forbid_pieces(self, what: str, tensors: Iterable[Tensor]) -> None:
+        if in_pieces(tensors):
+            raise ConflictError(
+                f"{what} of adapter '{self.name}' on a sharded model (FSDP), whose weights lie in pieces. Do it in one process: "
+                "lp.load_adapter(model, folder) on the unsharded model."
+            )
+
     # ------------------------------------------------------------------ life cycle
 
     def remove(self) -> None:
@@ -272,6 +282,7 @@ class Handle:
         After :meth:`merge` the merged weights stay, so ``merge(); remove()`` leaves a plain fine-tuned model.
         """
         self._forbid_disabled("remove()")
+        self._forbid_pieces("remove()", self.root.parameters())
         if not self._restore:
             return  # already removed; what it claimed may by now be trained by somebody else
         if not self.merged:

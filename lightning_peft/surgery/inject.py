@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import ConfigError, ConflictError, MergeError, TargetError
+from lightning_peft.errors import ConfigError, ConflictError, FormatError, MergeError, TargetError
 from lightning_peft.nn.adapter import BuildContext, LayerSpec
 from lightning_peft.quantization.backend import prepare
 from lightning_peft.surgery.anatomy import Anatomy
@@ -42,8 +42,10 @@ _NESTED = "_peft_use_nested_tensor"
 class Surgery:
     """One installation in progress. Edits act through it, so that undo is written once."""
 
-    def __init__(self, root: nn.Module, anatomy: Anatomy, handle: Handle, adapter_dtype: AdapterDtype) -> None:
-        self.root, self.anatomy, self.handle, self.adapter_dtype = root, anatomy, handle, adapter_dtype
+    def __init__(
+        self, root: nn.Module, anatomy: Anatomy, handle: Handle, adapter_dtype: AdapterDtype, room: int | None = None
+    ) -> None:
+        self.root, self.anatomy, self.handle, self.adapter_dtype, self.room = root, anatomy, handle, adapter_dtype, room
         self.name = handle.name
         # Not drawn from the global generator, whose state stays untouched, but following the user's seed.
         self.seed = torch.initial_seed()
@@ -77,7 +79,17 @@ class Surgery:
         seed = stable_seed(self.seed, self.name, *place)
         prefix = f"{label}-" if label else ""
         shared = {n.removeprefix(prefix): m for n, m in self.handle.shared.items() if n.startswith(prefix)}
-        return BuildContext(path, spec, weight, dtype, spec.device, seed, shared, residual)
+        return BuildContext(path, spec, weight, dtype, spec.device, seed, shared, residual, self._claim)
+
+    def _claim(self, entries: int) -> None:
+        if self.room is None:
+            return
+        self.room -= entries
+        if self.room < 0:
+            raise FormatError(
+                f"{type(self.handle.strategy).__name__} would make more adapter tensors than the file holds; one of {entries:,} numbers "
+                "finds no room. The strategy in the file was changed, or the model is another one."
+            )
 
     def call_context(self, path: str, place: tuple[str, ...], label: str = "") -> BuildContext:
         """Return what an adapter of a whole call may know."""
@@ -259,17 +271,34 @@ def _freeze(stack: AdapterStack) -> None:
 
 
 def apply_plan(
-    root: nn.Module, plan: Plan, anatomy: Anatomy, strategy: Any, *, name: str, adapter_dtype: AdapterDtype = "auto"
+    root: nn.Module,
+    plan: Plan,
+    anatomy: Anatomy,
+    strategy: Any,
+    *,
+    name: str,
+    adapter_dtype: AdapterDtype = "auto",
+    room: int | None = None,
 ) -> Handle:
     """Install ``plan`` on ``root`` and return its handle; on any error the model is left bit-identical.
 
+    Args:
+        root: The model.
+        plan: What to change.
+        anatomy: What is known about the model.
+        strategy: What made the plan.
+        name: Name of the adapter.
+        adapter_dtype: dtype of its parameters.
+        room: The most numbers that its own tensors may have together: those of the file that they are for. None sets no bound.
+
     Raises:
+        FormatError: ``room`` is too little.
         ConfigError: The name has characters other than letters, digits, ``_`` and ``-``.
         TargetError: The plan changes nothing.
         ConflictError: The name is taken, two edits share a place, or the base has a child ``peft`` of its own.
     """
     handle = Handle(root, name, strategy)
-    surgery = Surgery(root, anatomy, handle, adapter_dtype)
+    surgery = Surgery(root, anatomy, handle, adapter_dtype, room)
     _check(surgery, plan)
     try:
         surgery.prepare_base()

@@ -235,7 +235,8 @@ class ConvKind(LayerKind):
         weight = parameter(module, tensor)
         # A forward of its own (weight standardisation, dynamic padding) is more than a convolution with the weight.
         plain = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-        return _spec("conv", module, weight, weight.shape[0], weight[0].numel(), groups=module.groups, has_input=plain)
+        sizes = dict(groups=module.groups, kernel=weight[0, 0].numel())
+        return _spec("conv", module, weight, weight.shape[0], weight[0].numel(), **sizes, has_input=plain)
 
     def canonical(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)

@@ -208,6 +208,10 @@ class LayerCall:
         g, b = kind.along_channels(gain).to(y.dtype), self._bias(y.dtype)
         return g * (y - b + branch) + b if read is x else y + (g - 1) * (of_read - b) + g * branch
 
+    def full_rank(self, x: Tensor, delta: Tensor, *, dropout: float = 0.0) -> Tensor:
+        read = F.dropout(x, dropout) if dropout and x.is_floating_point() else x
+        return self(x) + self.site.kind.project(self.module, read, delta)
+
     def _operand(self) -> Operand | None:
         """Return the layer as an operand of a fused product, if nothing but its own forward would run."""
         inner = self._inner

@@ -21,6 +21,7 @@ from lightning_peft.surgery.tree import join
 
 ALL_LINEAR = "all-linear"
 REGEX = "re:"
+MOST_LAYERS = 99_999  # no model has more blocks; a range is spelled out
 Kinds = Collection[LayerKindName] | None
 T = TypeVar("T")
 
@@ -368,10 +369,10 @@ def _numbers(value: object) -> tuple[int, ...]:
     items = list(values) if isinstance(values, (list, tuple, range)) else [None]
     numbers: set[int] = set()
     for item in items:
-        match = re.fullmatch(r"(\d+)-(\d+)", item) if isinstance(item, str) else None
-        one = range(item, item + 1) if type(item) is int and item >= 0 else range(0)
+        match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", item) if isinstance(item, str) else None
+        one = range(item, item + 1) if type(item) is int and 0 <= item <= MOST_LAYERS else range(0)
         chosen = range(int(match[1]), int(match[2]) + 1) if match else one
         if not chosen:
-            raise ConfigError(f'Targets: `layers` takes numbers from 0 and ranges such as "4-7", got {value!r}.')
+            raise ConfigError(f'Targets: `layers` takes numbers from 0 to {MOST_LAYERS} and ranges such as "4-7", got {value!r}.')
         numbers.update(chosen)
     return tuple(sorted(numbers))

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_peft.training.data import PEFTDataModule as PEFTDataModule
     from lightning_peft.training.load import load_from_checkpoint as load_from_checkpoint
     from lightning_peft.training.module import PEFTLightningModule as PEFTLightningModule
+    from lightning_peft.training.units import shard as shard
 
 # Loaded on first use: a project that only adds the callback does not import the data module's dependencies.
 _HOMES = {
@@ -17,6 +18,7 @@ _HOMES = {
     "PEFTDataModule": "data",
     "PEFTLightningModule": "module",
     "load_from_checkpoint": "load",
+    "shard": "units",
 }
 
 

@@ -188,7 +188,7 @@ def _has(module: nn.Module, path: str) -> bool:
 def _submodule(module: nn.Module, path: str, option: str) -> nn.Module:
     try:
         return module.get_submodule(path)
-    except AttributeError as error:
+    except (AttributeError, RuntimeError) as error:  # RuntimeError: a property of that name, such as a LightningModule's trainer
         paths = [p for p, _ in module.named_modules() if p and RESERVED not in p.split(".")]
         raise TargetError(
             f"PEFTCallback({option}='{path}'): {type(module).__name__} has no such module.{did_you_mean(path, paths)}"

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import uuid
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -31,7 +30,8 @@ from lightning_peft.training.installing import Installer
 from lightning_peft.training.namespace import is_a
 from lightning_peft.training.run_state import Run
 from lightning_peft.training.sentinel import GradientSentinel
-from lightning_peft.training.trainer_hooks import TrainerHooks
+from lightning_peft.training.shards import SHARDED, Shards
+from lightning_peft.training.trainer_hooks import TrainerHooks, kept_keys
 from lightning_peft.types import AdapterDtype
 
 Holds = Literal["adapter", "full"]
@@ -54,6 +54,9 @@ class PEFTCallback(Installer):
     After ``fit``, adapter folders ``last`` and, if a checkpoint callback kept a best file, ``best`` lie in ``<log_dir>/adapter``
     (``<default_root_dir>/adapter`` without a logger; one level deeper for names other than ``default``), with the tokenizer of the
     LightningModule or data module. Not under ``fast_dev_run``, nor when ``fit`` did not end by itself.
+
+    A ``.ckpt`` is the same under DDP, FSDP1 and FSDP2 and on one process, and resumes under any of them. Under FSDP2 a module that shards
+    itself in ``configure_model`` calls :meth:`apply` before; see :func:`lightning_peft.shard`.
 
     Under ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` call :meth:`apply` before ``fit``; else the trained adapter would stay in
     the child processes. Place the callback before weight averaging callbacks, which copy the module in ``setup``.
@@ -185,8 +188,9 @@ class PEFTCallback(Installer):
         self._start_schedule(trainer, handle)
         if self.verbose and trainer.is_global_zero:
             others = self._others(pl_module)
-            counted = table.budget(handle, others, trainer.optimizers, full=self.checkpoint == "full")
-            table.show(table.render(handle, path_of(pl_module, handle.root) or "", others, counted))
+            shards = Shards(trainer.strategy.model or pl_module)
+            counted = table.budget(handle, others, trainer.optimizers, shards, full=self.checkpoint == "full")
+            table.show(table.render(handle, path_of(pl_module, handle.root) or "", others, counted, shards))
             run.peak = peak.watch(pl_module)
 
     def _start_schedule(self, trainer: pl.Trainer, handle: Handle) -> None:
@@ -198,6 +202,11 @@ class PEFTCallback(Installer):
         if math.isinf(total):
             raise ConfigError(
                 f"{type(handle.strategy).__name__} plans over the whole run; set max_epochs or max_steps of the Trainer."
+            )
+        if is_a(trainer.strategy, "FSDPStrategy"):
+            raise ConfigError(
+                f"{type(handle.strategy).__name__} reads its parameters between steps, when FSDP1 has only slices of them. Use FSDP2 "
+                "(ModelParallelStrategy) or DDP."
             )
         schedule.on_start(int(total))
         if run.saved_schedule:  # empty in what a finder saves: it starts before this hook
@@ -348,16 +357,11 @@ class PEFTCallback(Installer):
         if self.export is False or trainer.fast_dev_run:
             return
         folder = export.folder_of(trainer, self.name, self.export)
-        if is_a(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy"):
-            warnings.warn(
-                "adapter folders are not written from sharded parameters; make them from a consolidated checkpoint with "
-                "load_adapter and save_adapter.",
-                stacklevel=2,
-            )
-            return
+        hooks = TrainerHooks.enter(trainer.strategy, self)
+        installed = hooks.installed()
+        state = hooks.whole_state(kept_keys(pl_module, installed))
         if trainer.is_global_zero:
-            installed = TrainerHooks.enter(trainer.strategy, self).installed()
-            written = [export.export_last(folder, trainer, pl_module, self._handle(pl_module), installed)]
+            written = [export.export_last(folder, trainer, pl_module, self._handle(pl_module), installed, state)]
             best = export.export_best(folder, trainer, pl_module, self.name)
             self.say(pl_module, "adapter folders: " + ", ".join(str(p) for p in (*written, best) if p is not None))
 
@@ -382,7 +386,7 @@ class PEFTCallback(Installer):
                 self._bookmark.settle()
             self._bookmark.told_to_stop = is_a(exception, "SIGTERMException")
         self._close(failed=True)
-        if fresh is not None and not is_a(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
+        if fresh is not None and not is_a(trainer.strategy, *SHARDED):
             fresh.remove()
 
     def _close(self, *, failed: bool = False) -> None:

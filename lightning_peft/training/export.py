@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.checkpoint import read_adapter, save_adapter, strip_wrappers, write_adapter
+from torch import Tensor
+
+from lightning_peft.checkpoint import live_keys, read_adapter, save_adapter, strip_wrappers, write_adapter
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.training.adapted_root import other_keys, path_of
 
@@ -32,18 +35,30 @@ def tokenizer_of(trainer: Any, module: Any) -> Any:
     return None
 
 
-def export_last(folder: Path, trainer: Any, module: Any, handle: Handle, installed: list[tuple[Owner, Handle]]) -> Path:
-    """Write the adapter as it is at the end of training."""
-    state = {strip_wrappers(k): v for k, v in module.state_dict().items()}
-    extra = {key: state[key].detach() for key in sorted(other_keys(module, installed)) if key in state}
+def export_last(
+    folder: Path,
+    trainer: Any,
+    module: Any,
+    handle: Handle,
+    installed: list[tuple[Owner, Handle]],
+    state: Mapping[str, Tensor],
+) -> Path:
+    """Write the adapter as it is at the end of training; ``state`` holds what has trained, by key in the module."""
     root = strip_wrappers(path_of(module, handle.root) or "")
-    return save_adapter(handle, folder / "last", tokenizer=tokenizer_of(trainer, module), extra_state=extra, root=root)
+    return save_adapter(
+        handle,
+        folder / "last",
+        tokenizer=tokenizer_of(trainer, module),
+        state={file: state[key] for file, key in live_keys(handle, root).items()},
+        extra_state={key: state[key] for key in sorted(other_keys(module, installed)) if key in state},
+        root=root,
+    )
 
 
 def export_best(folder: Path, trainer: Any, module: Any, name: str) -> Path | None:
     """Write the adapter of the best checkpoint, if a checkpoint callback kept one as a file."""
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not best or not Path(best).is_file():
+    if not best or not Path(best).exists():
         return None
     adapter = read_adapter(best, name)
     return write_adapter(adapter, folder / "best", tokenizer=tokenizer_of(trainer, module))

@@ -12,6 +12,7 @@ from lightning_peft.errors import CompatibilityError, FormatError
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.training.adapted_root import path_of
+from lightning_peft.types import placed
 
 
 def read_initial(path: str, name: str, strategy: PEFTStrategy, root: nn.Module) -> AdapterFile:
@@ -61,7 +62,7 @@ def start_from(start: AdapterFile, path: str, module: nn.Module, handle: Handle)
             )
     handle.load_state_dict(start.state)
     for key, tensor in extra.items():
-        tensor.data.copy_(start.extra_state[key])
+        tensor.data.copy_(placed(start.extra_state[key], tensor))
 
 
 def _moved(key: str, saved: str, here: str) -> str:

@@ -26,6 +26,7 @@ from lightning_peft.training.namespace import is_a, overrides
 from lightning_peft.training.optimizers import reach, split_groups
 from lightning_peft.training.quantizing import check_quantized, check_run, quantize_base, require_before
 from lightning_peft.training.run_state import Run
+from lightning_peft.training.shards import SHARDED, agree
 from lightning_peft.training.trainer_hooks import TrainerHooks
 from lightning_peft.types import AdapterDtype
 
@@ -98,6 +99,7 @@ class Installer(pl.Callback):
                     f"adapter '{self.name}' is installed already, so init_from='{self.init_from}' would be ignored. Leave init_from out "
                     "to go on with the adapter as it is, or remove it first: handles(model)[name].remove()."
                 )
+        agree(handle)
         train_whole(handle, self.extras_of(module).values())
         return handle
 
@@ -182,7 +184,7 @@ class Installer(pl.Callback):
         """Install the adapter now, or arrange for it to happen once the module is built."""
         self._check_neighbours(trainer)
         installed = self.handle_of(pl_module) is not None
-        self._check_launcher(trainer, stage, installed)
+        self._check_strategy(trainer, stage, installed)
         self._run = Run(stage)
         owner: Any = self  # PEFTCallback has the rest of what an owner offers
         self._run.bookmark = TrainerHooks.enter(trainer.strategy, owner).bookmark
@@ -207,7 +209,17 @@ class Installer(pl.Callback):
                 "first in Trainer(callbacks=[...])."
             )
 
-    def _check_launcher(self, trainer: Any, stage: str, installed: bool) -> None:
+    def _check_strategy(self, trainer: Any, stage: str, installed: bool) -> None:
+        if is_a(trainer.strategy, "DeepSpeedStrategy"):
+            raise ConfigError(
+                "DeepSpeedStrategy keeps parameters, optimizers and checkpoints in a form of its own, which is not supported. Use DDP, "
+                "FSDP2 (ModelParallelStrategy) or FSDP1."
+            )
+        if stage == "fit" and self.merge_on_end and is_a(trainer.strategy, *SHARDED):
+            raise ConfigError(
+                f"merge_on_end={self.merge_on_end!r} under {type(trainer.strategy).__name__}: weights that lie in pieces cannot be merged "
+                "into. Merge afterwards in one process: lp.load_adapter(model, folder).merge()."
+            )
         if stage != "fit" or not is_a(trainer.strategy.launcher, "_MultiProcessingLauncher"):
             return
         if not installed:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-from lightning_peft.checkpoint import check_manifest, manifests_of, require_base
-from lightning_peft.checkpoint.reading import load_checkpoint
+from lightning_peft.checkpoint import check_manifest, entries_of, load_checkpoint, manifests_of, require_base
 from lightning_peft.loading.quantize import quantize, require_same
 from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.strategies.install import reinstall
@@ -31,7 +32,7 @@ def load_from_checkpoint(
 
     Args:
         cls: The user's LightningModule class.
-        path: The ``.ckpt`` file.
+        path: The ``.ckpt``, a file or a folder of pieces.
         anatomy: Roles of an architecture that the package does not know, as given to :class:`PEFTCallback`.
         **kwargs: As for ``cls.load_from_checkpoint``: ``map_location``, and arguments of the class in place of the saved ones.
 
@@ -39,7 +40,8 @@ def load_from_checkpoint(
         FormatError: The file is damaged, or was saved without PEFTCallback.
         CompatibilityError: The class builds another base than the adapter was trained on, or tensors are missing.
     """
-    manifests = manifests_of(load_checkpoint(Path(path)), f"'{path}'")
+    checkpoint = load_checkpoint(Path(path))
+    manifests = manifests_of(checkpoint, f"'{path}'")
 
     class Adapted(cls):  # type: ignore[valid-type, misc]
         def configure_model(self) -> None:
@@ -56,7 +58,8 @@ def load_from_checkpoint(
                     local = strip_root(QuantizeOptions.parse(asked), manifest["root"], anatomy_of(root, anatomy))
                     quantize(root, local.skipping(sorted(whole)), anatomy=anatomy)
                 require_base(root, manifest)
-                handle = reinstall(root, strategy, name, adapter_dtype=manifest["adapter_dtype"], anatomy=anatomy)  # type: ignore[arg-type]
+                dtype, room = manifest["adapter_dtype"], entries_of(manifest)
+                handle = reinstall(root, strategy, name, adapter_dtype=dtype, anatomy=anatomy, room=room)  # type: ignore[arg-type]
                 handle.usage = dict(manifest.get("usage", {}))
                 # Extra modules below the root train on, as they did in the run that saved them.
                 extras = {key.rpartition(".")[0] for key in manifest["extra"] if key.startswith(prefix)}
@@ -71,6 +74,11 @@ def load_from_checkpoint(
                 hook.remove()
 
     Adapted.__name__, Adapted.__qualname__ = cls.__name__, cls.__qualname__
-    model: M = Adapted.load_from_checkpoint(path, **kwargs)
+    source: Any = path
+    if Path(path).is_dir():  # Lightning reads files only
+        source = io.BytesIO()
+        torch.save(checkpoint, source)
+        source.seek(0)
+    model: M = Adapted.load_from_checkpoint(source, **kwargs)
     model.__class__ = cls
     return model

@@ -34,7 +34,8 @@ from lightning_peft.training.schedulers import SCHEDULES, ScheduleName, schedule
 from lightning_peft.training.scoring import Scorer, Scores
 from lightning_peft.training.tasks import TASKS, classify, compute_wide
 from lightning_peft.training.tokens import add_special_tokens, with_new_rows
-from lightning_peft.types import AdapterDtype
+from lightning_peft.training.units import data_parallel, shard
+from lightning_peft.types import AdapterDtype, in_pieces
 
 TaskName = Literal[
     "causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification", "image_classification"
@@ -204,9 +205,14 @@ class PEFTLightningModule(pl.LightningModule):
                 self.hparams["labels"] = list(self.labels)  # a checkpoint must build the same head
 
     def configure_model(self) -> None:
-        """Load the base and install the adapter, once."""
-        if self.base is not None and self.adapter_name in handles(self.base):
-            return
+        """Load the base and install the adapter, once; under ``ModelParallelStrategy`` shard both."""
+        if self.base is None or self.adapter_name not in handles(self.base):
+            self._adapt()
+        if self.device_mesh is not None and not in_pieces(self.base.parameters()):
+            self.peft.install(self)  # once more: a model that was given was adapted before there were other ranks
+            shard(self.base, data_parallel(self.device_mesh))
+
+    def _adapt(self) -> None:
         new: tuple[str, ...] = ()
         if self.base is None:
             assert self.source is not None
@@ -412,7 +418,7 @@ class PEFTLightningModule(pl.LightningModule):
         """
         own_lr, own_decay = suggestion(self.strategy)
         decay = own_decay if self.weight_decay == "auto" else float(self.weight_decay)
-        groups = parameter_groups(self, weight_decay=decay)
+        groups = parameter_groups(self, weight_decay=decay, wrapped=self.trainer.strategy.model)
         optimizer = AdamW(groups, lr=own_lr) if self.optimizer is None else self.optimizer(groups)
         set_rates(optimizer, None if self.lr == "auto" else float(self.lr))
         lr = optimizer.defaults["lr"] if self.lr == "auto" else float(self.lr)

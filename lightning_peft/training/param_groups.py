@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_peft.strategies.hybrid.compose import Compose
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.handle import handles
+from lightning_peft.training.shards import Shards
 
 FAR = 10.0
 """A learning rate this many times away from the method's own makes a warning."""
@@ -34,7 +35,7 @@ def far_off(lr: float, strategy: PEFTStrategy) -> str | None:
     )
 
 
-def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, *, weight_decay: float, wrapped: nn.Module | None = None) -> list[dict[str, Any]]:
     """Return the groups of all trainable parameters of ``module``, each parameter once.
 
     A tensor that a strategy owns gets the strategy's ``lr_scale`` and ``weight_decay`` for it; other trainable parameters, such as
@@ -44,7 +45,13 @@ def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str
     Args:
         module: The module with adapters.
         weight_decay: Weight decay.
+        wrapped: What FSDP1 has made of the module: its slices of parameters do not tell how many dimensions these have.
     """
+    shards = Shards(wrapped or module)
+
+    def decay_of(parameter: nn.Parameter) -> float:
+        return weight_decay if len(shards.shape(parameter)) > 1 else 0.0
+
     groups: dict[tuple[str, tuple[tuple[str, float], ...], float], list[nn.Parameter]] = {}
     taken: set[int] = set()
     for name, handle in handles(module).items():
@@ -52,12 +59,12 @@ def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str
             parameter = slot.tensor()
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
                 options = handle.strategy.group_options(slot)
-                decay = options.get("weight_decay", weight_decay if parameter.dim() > 1 else 0.0)
+                decay = options.get("weight_decay", decay_of(parameter))
                 groups.setdefault((name, tuple(sorted(options.items())), decay), []).append(parameter)
                 taken.add(id(parameter))
     for parameter in module.parameters():
         if parameter.requires_grad and id(parameter) not in taken:
-            groups.setdefault(("extra", (), weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+            groups.setdefault(("extra", (), decay_of(parameter)), []).append(parameter)
     return [_group(*key, parameters) for key, parameters in groups.items()]
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,12 +18,16 @@ from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.stack import RESERVED
 from lightning_peft.surgery.tree import is_within
 from lightning_peft.training.adapted_root import find_handle, other_keys, path_of
+from lightning_peft.training.shards import Shards, tensors_of
+from lightning_peft.types import in_pieces
 
 if TYPE_CHECKING:
     from lightning_peft.training.trainer_hooks import Owner
 
 
-def prepare(checkpoint: dict[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]]) -> dict[str, Any]:
+def prepare(
+    checkpoint: dict[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]], shards: Shards | None = None
+) -> dict[str, Any]:
     """Check a loaded checkpoint against the module; nothing has been changed when it raises.
 
     Args:
@@ -30,6 +35,7 @@ def prepare(checkpoint: dict[str, Any], where: str, module: nn.Module, installed
         where: Names the file in messages.
         module: The LightningModule, adapters installed.
         installed: The callbacks and their adapters.
+        shards: How the module lies over the ranks, if it does; its keys then stay as they are in the file.
 
     Returns:
         The checkpoint; for one that was made before PEFT, one that loads the base and starts everything else afresh.
@@ -39,9 +45,11 @@ def prepare(checkpoint: dict[str, Any], where: str, module: nn.Module, installed
         CompatibilityError: Adapter tensors are missing, foreign or of another shape; or the adapter belongs to another base.
         MergeError: An adapter of the module is merged.
     """
-    checkpoint = checkpoint | {
-        part: renamed(checkpoint[part], module) for part in ("state_dict", "current_model_state") if checkpoint.get(part)
-    }
+    if shards is None:
+        checkpoint = checkpoint | {
+            part: renamed(checkpoint[part], module) for part in ("state_dict", "current_model_state") if checkpoint.get(part)
+        }
+    shapes = {id(tensor): tensor.shape if shards is None else shards.shape(tensor) for tensor in tensors_of(module).values()}
     state = {strip_wrappers(key): value for key, value in checkpoint["state_dict"].items()}
     adapter_keys = {key for key in state if RESERVED in key.split(".")}
     if "peft" not in checkpoint and not adapter_keys:
@@ -55,7 +63,7 @@ def prepare(checkpoint: dict[str, Any], where: str, module: nn.Module, installed
         root = strip_wrappers(path_of(module, handle.root) or "")
         live = live_keys(handle, root)
         known |= set(live.values())
-        _check_adapter(checkpoint, where, owner.name, handle, live, state)
+        _check_adapter(checkpoint, where, owner.name, handle, live, state, shapes)
         if "peft" in checkpoint:
             verdict = check_base(handle, manifests_of(checkpoint, where)[owner.name])
             if verdict is not None:
@@ -66,7 +74,7 @@ def prepare(checkpoint: dict[str, Any], where: str, module: nn.Module, installed
             f"{where} also holds '{foreign[0]}', an adapter tensor that this module has no place for. Add the PEFTCallback that made "
             "it, with its name and strategy."
         )
-    _check_extras(checkpoint, where, module, installed, state)
+    _check_extras(checkpoint, where, module, installed, state, shapes)
     return checkpoint
 
 
@@ -77,11 +85,16 @@ def renamed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
 
 
 def _check_extras(
-    checkpoint: Mapping[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]], state: Mapping[str, Any]
+    checkpoint: Mapping[str, Any],
+    where: str,
+    module: nn.Module,
+    installed: list[tuple[Owner, Handle]],
+    state: Mapping[str, Any],
+    shapes: Mapping[int, torch.Size],
 ) -> None:
     """Check that what trains beside the adapters is the same in the file and in the module."""
     wanted = other_keys(module, installed)
-    tensors = {strip_wrappers(key): tensor for key, tensor in module.state_dict().items()}
+    tensors = tensors_of(module)
     missing = sorted(wanted & {strip_wrappers(name) for name, _ in module.named_parameters()} - state.keys())
     if missing:
         raise CompatibilityError(
@@ -100,9 +113,10 @@ def _check_extras(
             f"extra_modules of the run that saved it, such as extra_modules={modules[:3]}."
         )
     for key in sorted(wanted & state.keys() & tensors.keys()):
-        if state[key].shape != tensors[key].shape:
+        shape = shapes[id(tensors[key])]
+        if state[key].shape != shape:
             raise CompatibilityError(
-                f"{where}: '{key}' has shape {tuple(state[key].shape)}, the module expects {tuple(tensors[key].shape)}. Build the module "
+                f"{where}: '{key}' has shape {tuple(state[key].shape)}, the module expects {tuple(shape)}. Build the module "
                 "with the same head (number of labels)."
             )
 
@@ -113,7 +127,13 @@ def _listed(keys: list[str]) -> str:
 
 
 def _check_adapter(
-    checkpoint: Mapping[str, Any], where: str, name: str, handle: Handle, live: dict[str, str], state: Mapping[str, Any]
+    checkpoint: Mapping[str, Any],
+    where: str,
+    name: str,
+    handle: Handle,
+    live: dict[str, str],
+    state: Mapping[str, Any],
+    shapes: Mapping[int, torch.Size],
 ) -> None:
     if "peft" in checkpoint:
         manifests = manifests_of(checkpoint, where)
@@ -129,10 +149,10 @@ def _check_adapter(
             "another strategy or other targets, or is damaged; the base is not touched."
         )
     for slot in handle.slots:
-        found = state[live[slot.key]]
-        if tuple(found.shape) != tuple(slot.tensor().shape):
+        found, shape = state[live[slot.key]], shapes.get(id(slot.tensor()), slot.tensor().shape)
+        if found.shape != shape:
             raise CompatibilityError(
-                f"{where}: '{live[slot.key]}' has shape {tuple(found.shape)}, the module expects {tuple(slot.tensor().shape)}. It was "
+                f"{where}: '{live[slot.key]}' has shape {tuple(found.shape)}, the module expects {tuple(shape)}. It was "
                 "made with another rank or for another base."
             )
 
@@ -141,6 +161,11 @@ def _before_peft(
     checkpoint: dict[str, Any], where: str, module: nn.Module, installed: list[tuple[Owner, Handle]]
 ) -> dict[str, Any]:
     """Load the base from a full checkpoint that knows no adapters, and install fresh ones on it."""
+    if in_pieces(module.parameters()):
+        raise CompatibilityError(
+            f"{where} was made before PEFT, and cannot become the base of a module that is sharded. Load it into the module before "
+            "sharding (module.load_state_dict), and train from there without ckpt_path."
+        )
     low = next((path for path, part in module.named_modules() if backend_of(part) is not None), None)
     if low is not None:
         raise CompatibilityError(

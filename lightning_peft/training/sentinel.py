@@ -6,28 +6,38 @@ import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lightning_peft.errors import DeadAdapterError
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.stack import stack_of
+from lightning_peft.types import in_pieces
 
 STEPS = 2  # a product that starts at zero passes a gradient to one factor at the first step and to the other at the second
+
+
+Sign = Literal[
+    "gradient",  # one that is not all zero
+    "reached",  # a gradient at all
+    "in optimizer",
+    "rate",  # a learning rate above zero
+    "moved",
+]
 
 
 @dataclass(eq=False)
 class _Watched:
     key: str
     before: Tensor
-    gradient: bool = False  # one that is not all zero
-    reached: bool = False  # one at all
-    in_optimizer: bool = False
-    rate: bool = False  # a learning rate above zero
-    moved: bool = False
+    seen: set[Sign] = field(default_factory=set)
+
+    def note(self, sign: Sign, found: bool = True) -> None:
+        if found:
+            self.seen.add(sign)
 
 
 @dataclass(eq=False)
@@ -57,7 +67,7 @@ class GradientSentinel:
         for slot in self.handle.trainable_slots():
             if id(slot.owner) not in excused and not self.handle.strategy.may_rest(slot):
                 found[slot.key] = slot.tensor()
-        return {k: t for k, t in {**found, **self.others}.items() if local(t).numel()}
+        return {k: t for k, t in {**found, **self.others}.items() if t.numel() or in_pieces([t])}
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Look at the gradients, after backward and before the step."""
@@ -67,11 +77,11 @@ class GradientSentinel:
                 if id(parameter) not in self.watched:
                     continue
                 record = self.watched[id(parameter)][1]
-                record.in_optimizer = True
-                record.rate |= float(group["lr"]) > 0
+                record.note("in optimizer")
+                record.note("rate", float(group["lr"]) > 0)
                 if parameter.grad is not None:
-                    record.reached = True
-                    record.gradient |= bool(local(parameter.grad).ne(0).any())
+                    record.note("reached")
+                    record.note("gradient", bool(local(parameter.grad).ne(0).any()))
 
     def after_step(self, *, skipped: bool) -> str | None:
         """Count the step; after the last one return what is dead and why, or None.
@@ -80,10 +90,23 @@ class GradientSentinel:
             skipped: The gradient scaler skipped the step.
         """
         for tensor, record in self.watched.values():
-            record.moved |= not torch.equal(local(tensor.detach()), record.before)
+            record.note("moved", not torch.equal(local(tensor.detach()), record.before))
         self.steps += self._effective and not skipped
         self._effective = False
-        return self.report() if self.steps == STEPS else None
+        if self.steps < STEPS:
+            return None
+        self._join_ranks()
+        return self.report()
+
+    def _join_ranks(self) -> None:
+        """Take together what the ranks saw: each may hold a piece of a tensor only, and all have to come to one verdict."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        records = {record.key: record for _, record in self.watched.values()}
+        everyone: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everyone, {key: record.seen for key, record in records.items()})
+        for key, record in records.items():
+            record.seen = set().union(*(theirs[key] for theirs in everyone))
 
     @property
     def done(self) -> bool:
@@ -95,7 +118,7 @@ class GradientSentinel:
         reasons: dict[str, list[str]] = {}
         for tensor, record in self.watched.values():
             exact = tensor.dtype.itemsize >= 4
-            if record.gradient and (record.moved or not exact):
+            if "gradient" in record.seen and ("moved" in record.seen or not exact):
                 continue
             reasons.setdefault(self._reason(tensor, record), []).append(record.key)
         if not reasons:
@@ -114,17 +137,17 @@ class GradientSentinel:
     def _reason(self, tensor: Tensor, record: _Watched) -> str:
         if not tensor.requires_grad:
             return "frozen: something set requires_grad=False after the adapter was installed"
-        if not record.in_optimizer:
+        if "in optimizer" not in record.seen:
             return "in no optimizer: configure_optimizers, or a callback, made an optimizer without it"
-        if not record.reached:
+        if "reached" not in record.seen:
             if not self._ran(tensor):
                 return "its module never ran in training: the loss does not use it; exclude it from the targets"
             if _reentrant(self.handle.root):
                 return "reentrant activation checkpointing cuts the graph of a frozen base; use use_reentrant=False"
             return "no gradient arrives: the graph is cut between it and the loss (no_grad, detach, .data, an argmax)"
-        if not record.gradient:
+        if "gradient" not in record.seen:
             return "its gradient is zero: the loss does not depend on it here (a zero mask or gate, a saturated unit)"
-        if not record.rate:
+        if "rate" not in record.seen:
             return "the learning rate of its parameter group is 0"
         return "it has a gradient and did not move: the step is too small for its values, or something undid it"
 

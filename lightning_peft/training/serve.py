@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.checkpoint import load_adapter, read_adapter
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, FormatError
 from lightning_peft.loading.base import BaseSource, load_model, load_tokenizer
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.training.data import PEFTDataModule
@@ -20,6 +20,9 @@ from lightning_peft.training.tasks import TASKS
 from lightning_peft.training.tokens import add_special_tokens, resize_embeddings
 
 PROMPT_FIELDS = ("prompt", "chat_template", "system_prompt")
+_TEXTS = ("base", "revision", "dtype", "task", "tokenizer", *PROMPT_FIELDS)
+_LISTS = ("labels", "special_tokens")
+MOST_ROWS = 100_000  # labels or special tokens of a file; each becomes a row of a matrix
 
 
 def open_adapter(
@@ -40,11 +43,11 @@ def open_adapter(
         ConfigError: No base is named.
         FormatError, CompatibilityError: As :func:`lightning_peft.load_adapter`.
     """
-    usage = read_adapter(adapter).manifest.get("usage", {})
+    usage = _usage(adapter)
     name = base or usage.get("base")
     if not name:
         raise ConfigError(f"'{adapter}' does not say which base model it belongs to; name it with --base.")
-    known = {key: usage.get(key) for key in ("revision", "quantization")} if base is None else {}
+    known: dict[str, Any] = {key: usage.get(key) for key in ("revision", "quantization")} if base is None else {}
     source = BaseSource(name=name, dtype=usage.get("dtype", "auto"), **(known if quantized else known | {"quantization": None}))
     folder, task = Path(adapter), usage.get("task", "causal_lm")
     model, tokenizer = load_model(source, task, usage.get("labels")).model, None
@@ -56,6 +59,28 @@ def open_adapter(
     handle = load_adapter(model, adapter)
     model.eval()
     return handle, tokenizer, usage
+
+
+def _usage(adapter: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file says about how its adapter is used, checked.
+
+    Raises:
+        FormatError: A field has the wrong type, or the task is unknown.
+    """
+    usage: dict[str, Any] = read_adapter(adapter).manifest.get("usage", {})
+    for field, value in usage.items():
+        if field in _TEXTS:
+            fits = isinstance(value, str)
+        elif field in _LISTS:
+            fits = isinstance(value, (list, tuple)) and len(value) <= MOST_ROWS and all(isinstance(text, str) for text in value)
+        else:
+            continue
+        if value is not None and not fits:
+            raise FormatError(f"'{adapter}': its usage has {field}={str(value)[:100]!r}, which is no such thing. It is damaged.")
+    task = usage.get("task", "causal_lm")
+    if task not in TASKS:
+        raise FormatError(f"'{adapter}' was trained for the task '{task}', none of {', '.join(TASKS)}. Upgrade the package.")
+    return usage
 
 
 def generate_text(

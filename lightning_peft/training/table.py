@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.walk import base_parameters
+from lightning_peft.training.shards import Shards
 
 # State tensors per parameter, as torch's optimizers keep them; others are counted as Adam.
 _STATE = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "Adadelta": 2, "Adafactor": 0}
@@ -40,16 +41,24 @@ class Budget:
         return (self.adapter + self.others) / max(self.base, 1)
 
 
-def budget(handle: Handle, others: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer], *, full: bool) -> Budget:
-    """Count what trains and estimate what a checkpoint weighs."""
-    base = base_parameters(handle.root)
+def budget(
+    handle: Handle, others: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer], shards: Shards, *, full: bool
+) -> Budget:
+    """Count what trains on all ranks and estimate what a checkpoint weighs."""
+
+    def count(tensors: Iterable[Tensor]) -> int:
+        return sum(shards.shape(t).numel() for t in tensors)
+
+    def nbytes(tensors: Iterable[Tensor]) -> int:
+        return sum(shards.shape(t).numel() * t.element_size() for t in tensors)
+
+    base = [p for _, _, p in base_parameters(handle.root)]
     tensors = [s.tensor() for s in handle.slots] + list(others.values())
-    unique = {id(t): t for t in tensors + ([p for _, _, p in base] if full else [])}
-    training = handle.trainable_parameters() + list(others.values())
+    unique = {id(t): t for t in tensors + (base if full else [])}
+    training = handle.trainable_parameters()
     copies = max((_state_tensors(o) for o in optimizers), default=0)
-    size = sum(t.numel() * t.element_size() for t in unique.values())
-    size += copies * sum(p.numel() * p.element_size() for p in training)
-    return Budget(handle.num_trainable(), sum(p.numel() for p in others.values()), sum(p.numel() for _, _, p in base), size)
+    size = nbytes(unique.values()) + copies * nbytes([*training, *others.values()])
+    return Budget(count(training), count(others.values()), count(base), size)
 
 
 def _state_tensors(optimizer: Optimizer) -> int:
@@ -57,16 +66,17 @@ def _state_tensors(optimizer: Optimizer) -> int:
     return copies + any(g.get("momentum", 0) or g.get("amsgrad", False) for g in optimizer.param_groups)
 
 
-def render(handle: Handle, root: str, others: Mapping[str, nn.Parameter], counted: Budget) -> Table:
+def render(handle: Handle, root: str, others: Mapping[str, nn.Parameter], counted: Budget, shards: Shards) -> Table:
     """Return the table; layers that differ in their number only share a row."""
     rows: dict[tuple[str, str], list[int]] = {}
     for slot in handle.trainable_slots():
         place, _, tensor = slot.key.rpartition(".")
-        shape = f"{tensor} {'x'.join(map(str, slot.tensor().shape))}"
-        rows.setdefault((_pattern(place), shape), []).append(slot.tensor().numel())
+        size = shards.shape(slot.tensor())
+        rows.setdefault((_pattern(place), f"{tensor} {'x'.join(map(str, size))}"), []).append(size.numel())
     for name, parameter in others.items():
         place, _, tensor = name.rpartition(".")
-        rows.setdefault((f"{place} (whole)", f"{tensor} {'x'.join(map(str, parameter.shape))}"), []).append(parameter.numel())
+        size = shards.shape(parameter)
+        rows.setdefault((f"{place} (whole)", f"{tensor} {'x'.join(map(str, size))}"), []).append(size.numel())
     strategy = type(handle.strategy).__name__
     place = f"'{root}'" if root else "the LightningModule itself"
     table = Table(

@@ -5,8 +5,12 @@ Callback hooks alone cannot do it: ``save_weights_only=True`` skips ``on_save_ch
 ``on_fit_start`` of the other callbacks. The strategy object is on every one of these paths.
 
 Wrapped on the instance, once however many callbacks there are, for the life of the Trainer (``trainer.save_checkpoint`` works after
-``fit`` too): ``lightning_module_state_dict``, ``save_checkpoint``, ``load_checkpoint``, ``setup_optimizers``, and
-``convert_module`` of the precision plug-in.
+``fit`` too): ``lightning_module_state_dict``, ``optimizer_state``, ``save_checkpoint``, ``load_checkpoint``, ``setup_optimizers``,
+and ``convert_module`` of the precision plug-in.
+
+A checkpoint file is the same under all strategies. Lightning's FSDP strategies would gather the whole model to write one, and number
+the optimizer's states by all parameters, frozen ones too, which no other strategy does; so what trains is gathered here
+(``shards``). Their folders of pieces are written by them, and read by any strategy.
 """
 
 from __future__ import annotations
@@ -14,18 +18,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from lightning_peft.checkpoint import live_keys, manifest_of, stamp, strip_wrappers
+from lightning_peft.checkpoint import (
+    ShardedCheckpoint,
+    is_sharded,
+    live_keys,
+    load_checkpoint,
+    manifest_of,
+    stamp,
+    strip_wrappers,
+)
 from lightning_peft.checkpoint.durable import write_durably
 from lightning_peft.errors import ConfigError
 from lightning_peft.surgery.handle import Handle
-from lightning_peft.training import restoring
+from lightning_peft.training import restoring, units
 from lightning_peft.training.adapted_root import other_keys, path_of
 from lightning_peft.training.bookmark import Bookmark
 from lightning_peft.training.namespace import is_a
+from lightning_peft.training.shards import SHARDED, Shards, tensors_of
+from lightning_peft.types import in_pieces
 
 ATTRIBUTE = "_peft_hooks"
 
@@ -68,7 +84,8 @@ class TrainerHooks:
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.owners: dict[str, Owner] = {}
-        for name in ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "setup_optimizers"):
+        wrapped = ("lightning_module_state_dict", "optimizer_state", "save_checkpoint", "load_checkpoint", "setup_optimizers")
+        for name in wrapped:
             setattr(strategy, name, functools.partial(getattr(self, name), getattr(strategy, name)))
         plugin = strategy.precision_plugin
         plugin.convert_module = functools.partial(self.convert_module, plugin.convert_module)
@@ -113,10 +130,46 @@ class TrainerHooks:
             return None
         return kept_keys(self.module, installed)
 
+    @property
+    def sharded(self) -> bool:
+        """Parameters lie in pieces on several ranks."""
+        return is_a(self.strategy, *SHARDED)
+
+    def _gathers(self) -> bool:
+        """Return whether a checkpoint is one file, which holds whole tensors, though they lie in pieces."""
+        if not self.sharded or self.kept() is None:
+            return False
+        if is_a(self.strategy, "FSDPStrategy"):
+            return bool(self.strategy._state_dict_type == "full")
+        return not self.strategy._save_distributed_checkpoint
+
+    def _shards(self) -> Shards:
+        return Shards(self.strategy.model)
+
     def lightning_module_state_dict(self, original: Callable[[], Any]) -> Any:
-        """Return the part of the module's state that a checkpoint holds."""
+        """Return the part of the module's state that a checkpoint holds; where it has to be gathered, on rank zero only."""
+        keep = self.kept()
+        if keep is not None and self._gathers():
+            return self.whole_state(keep)
         with self._filtered():
             return original()
+
+    def whole_state(self, keys: set[str]) -> dict[str, Tensor]:
+        """Return tensors of the module by key, whole, on the CPU of rank zero; empty elsewhere. Every rank has to call it."""
+        shards, state = self._shards(), {}
+        for name, tensor in tensors_of(self.module).items():
+            if name in keys:
+                whole = shards.whole(tensor, tensor)
+                if self.strategy.is_global_zero:
+                    state[name] = whole.cpu()
+        return state
+
+    def optimizer_state(self, original: Callable[[Any], Any], optimizer: Any) -> Any:
+        """Return an optimizer's state; where it has to be gathered, on rank zero only."""
+        if not self._gathers():
+            return original(optimizer)
+        state = self._shards().optimizer_state(getattr(optimizer, "_optimizer", optimizer))
+        return state if self.strategy.is_global_zero else {}
 
     def save_checkpoint(self, original: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Filter what other callbacks put into the checkpoint, stamp it with the manifests, save it."""
@@ -126,6 +179,8 @@ class TrainerHooks:
             if keep is not None:
                 self._filter_others(checkpoint, keep)
             state = {strip_wrappers(k): v for k, v in checkpoint.get("state_dict", {}).items()}
+            if self.sharded and not self._gathers():
+                state = self.whole_state(kept_keys(self.module, installed))
             manifests = {o.name: m for o, h in installed if (m := self._manifest(o, h, state)) is not None}
             if manifests:
                 stamp(checkpoint, manifests)
@@ -145,16 +200,13 @@ class TrainerHooks:
         root = path_of(self.module, handle.root) or ""
         live = live_keys(handle, strip_wrappers(root))
         if not live.keys() or not set(live.values()) <= state.keys():
-            return None  # a rank that holds no state: FSDP gathers on rank zero only
-        others = other_keys(self.module, self.installed())
-        tensors = {key: state[key] for key in others & state.keys()} | {k: state[k] for k in live.values()}
-        if any(type(t) not in (Tensor, nn.Parameter) for t in tensors.values()):
-            tensors = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors.items()}
+            return None  # a rank that holds no state: it is gathered on rank zero only
+        others = other_keys(self.module, self.installed()) & state.keys()
         return manifest_of(
             handle,
             root=strip_wrappers(root),
-            state={file: tensors[key] for file, key in live.items()},
-            extra_state={key: tensors[key] for key in sorted(others & state.keys())},
+            state={file: state[key] for file, key in live.items()},
+            extra_state={key: state[key] for key in sorted(others)},
         )
 
     @contextmanager
@@ -177,11 +229,34 @@ class TrainerHooks:
 
     def load_checkpoint(self, original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
         """Read a checkpoint and check it against the module before anything is loaded from it."""
-        with self._filtered():
-            checkpoint = original(path, *args, **kwargs)
         installed = self.installed()
+        pieces = ShardedCheckpoint(Path(path)) if installed and is_sharded(Path(path)) else None
+        own = "model" if is_a(self.strategy, "FSDPStrategy") else "state_dict"
+        if pieces is not None and self.sharded and pieces.module_key == own:  # each rank reads what it needs
+            restoring.prepare(pieces.read(values=False), f"'{path}'", self.module, installed, self._shards())
+            with self._filtered():
+                return original(path, *args, **kwargs)
+        if installed and self.sharded and self.kept() is not None:
+            return self._load_pieces(Path(path), *args, **kwargs)
+        checkpoint = original(path, *args, **kwargs) if pieces is None else pieces.read()
         if installed and checkpoint.get("state_dict"):
             return restoring.prepare(checkpoint, f"'{path}'", self.module, installed)
+        return checkpoint
+
+    def _load_pieces(self, path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load whole tensors, which every rank reads, into what lies in pieces, optimizers included."""
+        checkpoint = dict(load_checkpoint(path)) if weights_only is not False else torch.load(path, "cpu", weights_only=False)
+        shards, live = self._shards(), tensors_of(self.module)
+        checkpoint = restoring.prepare(checkpoint, f"'{path}'", self.module, self.installed(), shards)
+        for key, value in checkpoint["state_dict"].items():
+            shards.write(value, live[strip_wrappers(key)])
+        trainer: Any = self.module.trainer
+        if trainer.state.fn == "fit":
+            states = checkpoint.get("optimizer_states", ())  # Lightning itself says what it thinks of a checkpoint without
+            if states and len(states) != len(self.strategy.optimizers):
+                raise ConfigError(f"'{path}' holds {len(states)} optimizers, this run has {len(self.strategy.optimizers)}.")
+            for optimizer, state in zip(self.strategy.optimizers, states, strict=bool(states)):
+                shards.load_optimizer_state(optimizer, state)
         return checkpoint
 
     # ------------------------------------------------------------------ between restore and fit
@@ -192,7 +267,6 @@ class TrainerHooks:
         Done here, after the restore and before the wrap and ``configure_optimizers``: later would be too late for DDP's buckets
         and would lose what a checkpoint restored.
         """
-        sharded = is_a(self.strategy, "FSDPStrategy")  # FSDP1: all of a unit has one dtype
         saved = [
             (slot, slot.tensor().data)
             for _, handle in self.installed()
@@ -200,13 +274,18 @@ class TrainerHooks:
             if not slot.claimed and slot.tensor().is_floating_point() and not slot.tensor().is_meta
         ]
         module = original(module)
-        narrowed = [(slot, wide) for slot, wide in saved if slot.tensor().dtype.itemsize < wide.dtype.itemsize]
-        if sharded and narrowed:
-            owner = self.installed()[0][0]
-            owner.say(self.module, f"adapters are {narrowed[0][0].tensor().dtype}: FSDP1 wants one dtype per unit.")
+        if is_a(self.strategy, "FSDPStrategy"):
+            for owner, handle in self.installed():
+                units.prepare_fsdp1(self.strategy, handle, functools.partial(owner.say, self.module))
             return module
+        narrowed = [(slot, wide) for slot, wide in saved if slot.tensor().dtype.itemsize < wide.dtype.itemsize]
         for slot, wide in narrowed:
-            slot.tensor().data = wide.to(slot.tensor().device)
+            if in_pieces([wide]):  # a DTensor takes no data of another dtype
+                slot.owner._parameters[slot.attribute] = nn.Parameter(wide, slot.tensor().requires_grad)
+            else:
+                slot.tensor().data = wide.to(slot.tensor().device)
+        if in_pieces(wide for _, wide in narrowed):
+            module._apply(lambda tensor: tensor)  # FSDP2 takes note of new parameters after whatever moves a module
         return module
 
     def setup_optimizers(self, original: Callable[[Any], None], trainer: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft.checkpoint import manifest_of, read_adapter, stamp
 from lightning_peft.checkpoint.files import sha256
+from lightning_peft.checkpoint.manifest import sealed
 from lightning_peft.errors import CompatibilityError, ConflictError, FormatError, UnknownMethodError
 from lightning_peft.strategies import registry
 from tests.checkpoint.toys import LORA, Net, Whole, adapted, assert_same, snapshot, x
@@ -27,11 +28,13 @@ def save(folder: Path) -> Path:
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change the manifest and let its own checksum follow, so that what is refused is the change."""
+
     def apply(folder: Path) -> None:
         path = folder / "adapter.json"
         manifest = json.loads(path.read_text())
         change(manifest)
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(sealed(manifest)))
 
     return apply
 
@@ -102,7 +105,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "other dtype": (edit_tensors(lambda t: t.update({"up.lora_A": t["up.lora_A"].half()})), "dtype float16"),
     "other shape": (edit_tensors(lambda t: t.update({"up.lora_A": t["up.lora_A"][:1].clone()})), "shape"),
     "folder of HF peft": (hf_folder, r"Hugging Face peft.*merge_and_unload"),
-    "sharded checkpoint": (sharded, "consolidate_checkpoint"),
+    "sharded checkpoint": (sharded, "no sharded checkpoint"),
 }
 
 

@@ -6,9 +6,9 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pytest
 import torch
@@ -20,7 +20,10 @@ from lightning_peft.loading.quantize import quantize
 from lightning_peft.quantization.config import Quantization
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.layers import DENSE, LayerKind, layer_kind, storage_of
+from lightning_peft.types import stable_seed
 from tests.backbones import BACKBONES, Backbone, loss_of, run, tensors
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -165,9 +168,39 @@ UNDECLARED = [case for case in POSSIBLE if case not in WORKING]
 REFUSED = [case for case in ALL if case.obstacle is not None]
 
 
-def over(cases: list[Case]) -> pytest.MarkDecorator:
-    """Parametrise a test by cases."""
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+class Identified(Protocol):
+    """A case with the strategy that it is about."""
+
+    @property
+    def strategy(self) -> lp.PEFTStrategy:
+        """The method."""
+
+    @property
+    def id(self) -> str:
+        """Name of the case."""
+
+
+SHARE = 3  # of a method's cases, one in so many runs by default for each test, and at least as many
+
+
+def over(cases: Sequence[Identified]) -> Callable[[F], F]:
+    """Parametrise a test by cases; by default a sample of each method's cases, another one for each test, and all as ``slow``."""
+
+    def decorate(test: F) -> F:
+        chosen: set[str] = set()
+        for name in {case.strategy.info.name for case in cases}:
+            own = sorted((case.id for case in cases if case.strategy.info.name == name), key=functools.partial(_draw, test))
+            chosen |= set(own[: max(SHARE, -(-len(own) // SHARE))])
+        marks = {case.id: () if case.id in chosen else pytest.mark.slow for case in cases}
+        params = [pytest.param(case, id=case.id, marks=marks[case.id]) for case in cases]
+        decorated: F = pytest.mark.parametrize("case", params)(test)
+        return decorated
+
+    return decorate
+
+
+def _draw(test: Callable[..., object], case: str) -> int:
+    return stable_seed(test.__module__, test.__name__, case)
 
 
 def train_mode(model: nn.Module) -> None:

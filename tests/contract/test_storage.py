@@ -30,6 +30,7 @@ from tests.contract.cases import (
     example,
     members,
     obstacle,
+    over,
     perturb,
     same_bits,
     snapshot,
@@ -129,10 +130,6 @@ def _fits(case: Case) -> bool:
 FITTING = [case for case in _cases() if _fits(case)]
 TRAINING = [case for case in FITTING if case.how.scheme in case.strategy.info.storages]
 REFUSED = [case for case in FITTING if case.how.scheme not in case.strategy.info.storages]
-
-
-def over(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
 
 
 def codes(model: nn.Module) -> dict[str, Tensor]:

@@ -83,29 +83,36 @@ def test_bf16_base_with_fp32_adapter(bias: bool, gain: bool) -> None:
         assert (gradient - wanted[name]).norm() < 0.01 * wanted[name].norm(), name
 
 
+def kept_entries(shape: tuple[int, ...], dropout: float, seed: int) -> Tensor:
+    return fused._Dropped(torch.Size(shape), torch.device("cpu"), dropout, seed).zero_(torch.ones(shape)).bool()
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_dropout_regenerates_the_mask_of_the_forward(bias: bool) -> None:
     t = tensors(torch.float64, bias=bias, gain=False)
     torch.manual_seed(3)
-    seed = int(torch.randint(2**62, ()))
-    kept, factor = fused._kept(torch.Size((10, IN)), torch.device("cpu"), 0.4, seed)
+    kept = kept_entries((10, IN), 0.4, int(torch.randint(2**62, ())))
     assert 0 < kept.sum() < kept.numel()
     torch.manual_seed(3)
-    y, expected = fuse(t, dropout=0.4), reference(t, kept.view(*N, IN).double() * factor)
+    y, expected = fuse(t, dropout=0.4), reference(t, kept.view(*N, IN).double() / 0.6)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(y, t), gradients(expected, t), rtol=1e-12, atol=1e-12)
 
 
-def test_dropout_drops_at_its_rate_and_keeps_the_expectation() -> None:
-    kept, factor = fused._kept(torch.Size((400, 1000)), torch.device("cpu"), 0.05, 5)
-    rate = 1 - kept.double().mean()
-    assert abs(rate - 0.05) < 5 * (0.05 * 0.95 / kept.numel()) ** 0.5
-    assert factor == pytest.approx(1 / 0.95, rel=1e-4)
-    # Neighbours come from the same random number: they must be independent all the same.
-    joint = (~kept[:, :-1] & ~kept[:, 1:]).double().mean()
-    assert joint == pytest.approx(0.05**2, rel=0.15)
-    other, _ = fused._kept(torch.Size((400, 1000)), torch.device("cpu"), 0.05, 6)
-    assert not torch.equal(kept, other)
+@pytest.mark.parametrize("dropout", [1e-7, 0.001, 0.05, 0.5, 0.97, 1 - 2**-24])
+def test_dropout_drops_each_entry_at_its_rate_independently(dropout: float) -> None:
+    kept = kept_entries((400, 1000), dropout, 5)
+
+    def near(found: Tensor, rate: float, count: int) -> bool:
+        return abs(float(found) - rate) <= 5 * (rate * (1 - rate) / count) ** 0.5 + 1 / count
+
+    assert near((~kept).double().mean(), dropout, kept.numel())
+    for part in (kept[0], kept[-1], kept[:, 0], kept[:, -1]):  # nothing is special at an end
+        assert near((~part).double().mean(), dropout, part.numel())
+    for a, b in ((kept[:, :-1], kept[:, 1:]), (kept[:-1], kept[1:])):
+        assert near((~a & ~b).double().mean(), dropout**2, a.numel())
+    assert torch.equal(kept, kept_entries((400, 1000), dropout, 5))
+    assert not 0.001 <= dropout <= 0.97 or not torch.equal(kept, kept_entries((400, 1000), dropout, 6))
 
 
 def test_result_may_be_changed_in_place() -> None:

@@ -28,6 +28,9 @@ ADALORA = {
     "init_args": {"initial_rank": 2, "target_rank": 1, "warmup": 2, "final": 4, "targets": ["0", "3"], "dropout": 0.1},
 }
 COMPOSED = [ADALORA, {"class_path": "BitFit"}]
+# One of its rounds is finished at step 4 of 8, and the next on its way.
+RELORA = {"class_path": "ReLoRA", "init_args": {"rank": 1, "rounds": 3, "warmup": 1, "targets": ["0", "3"], "dropout": 0.1}}
+DYLORA = {"class_path": "DyLoRA", "init_args": {"rank": 2, "targets": ["0", "3"], "dropout": 0.1}}
 
 
 def fit(
@@ -125,10 +128,11 @@ def test_resume_is_exact_when_steps_are_counted(tmp_path: Path) -> None:
     assert_equal(whole, fit(tmp_path / "b", Plain, LORA, path=tmp_path / "a" / "step=8.ckpt", **options))
 
 
-def test_resume_with_accumulation_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", [ADALORA, RELORA, DYLORA], ids=["adalora", "relora", "dylora"])
+def test_resume_with_accumulation_is_exact(strategy: Any, tmp_path: Path) -> None:
     options = {"accumulate_grad_batches": 2}
-    whole = fit(tmp_path / "a", Plain, ADALORA, **options)
-    assert_equal(whole, fit(tmp_path / "b", Plain, ADALORA, path=tmp_path / "a" / "step=4.ckpt", **options))
+    whole = fit(tmp_path / "a", Plain, strategy, **options)
+    assert_equal(whole, fit(tmp_path / "b", Plain, strategy, path=tmp_path / "a" / "step=4.ckpt", **options))
 
 
 class Language(Plain):

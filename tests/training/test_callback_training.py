@@ -427,6 +427,7 @@ def test_table_says_what_trains(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_table_estimates_the_checkpoint(tmp_path: Path) -> None:
+    from lightning_peft.training.shards import Shards
     from lightning_peft.training.table import budget
 
     module = Plain()
@@ -439,8 +440,8 @@ def test_table_estimates_the_checkpoint(tmp_path: Path) -> None:
         (torch.optim.SGD(parameters, lr=1.0, momentum=0.9), 1),
         (torch.optim.AdamW(parameters, amsgrad=True), 3),
     ):
-        assert budget(handle, {}, [optimizer], full=False).checkpoint == (1 + copies) * size
-    whole = budget(handle, {}, [], full=True).checkpoint
+        assert budget(handle, {}, [optimizer], Shards(handle.root), full=False).checkpoint == (1 + copies) * size
+    whole = budget(handle, {}, [], Shards(handle.root), full=True).checkpoint
     assert whole == sum(p.numel() * 4 for p in module.parameters())
 
 

@@ -182,6 +182,15 @@ def test_a_damaged_checkpoint_without_another_says_so(tmp_path: Path) -> None:
         trainer(tmp_path, callback()).test(Plain(), loader(shuffle=False), ckpt_path=alone)
 
 
+def test_a_file_without_checksums_is_taken(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        durable.save_file({"tensor": torch.ones(9)}, tmp_path / "a.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert durable.damage(tmp_path / "a.ckpt") is None
+
+
 # ---------------------------------------------------------------------- processes that are told to stop, or die
 
 

@@ -21,6 +21,7 @@ from lightning_peft.strategies.strategy import PEFTStrategy, require
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan, adapt
 from lightning_peft.surgery.handle import Handle
+from lightning_peft.types import placed, whole
 
 
 @register(
@@ -170,7 +171,7 @@ class RankAllocation(Schedule):
                 gradient = gradients.get(f"{key}.{name}", parameter.grad)
                 if gradient is None:
                     continue
-                now = (parameter * gradient).abs().float()
+                now = whole(parameter * gradient).abs().float()  # the same on all ranks, which then drop the same triplets
                 smooth = self.importance.setdefault(f"{key}.{name}", torch.zeros_like(now))
                 spread = self.uncertainty.setdefault(f"{key}.{name}", torch.zeros_like(now))
                 smooth.mul_(beta1).add_(now, alpha=1 - beta1)
@@ -199,7 +200,8 @@ class RankAllocation(Schedule):
         keep[order[:dropped]] = False
         for key, part in zip(scores, keep.split(self.strategy.initial_rank), strict=True):
             adapter = self.adapters[key]
-            adapter.lora_E.masked_fill_(~part[:, None].to(adapter.lora_E.device), 0.0)
+            weights = whole(adapter.lora_E.detach())
+            adapter.lora_E.copy_(placed(weights.masked_fill(~part[:, None].to(weights.device), 0.0), adapter.lora_E))
 
     def state_dict(self) -> dict[str, Any]:
         return {
