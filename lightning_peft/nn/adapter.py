@@ -74,6 +74,9 @@ class BaseLayer(Protocol):
     def weight(self) -> Tensor:
         """Return the canonical base weight ``(*batch, out, in)``, detached."""
 
+    def along_channels(self, values: Tensor) -> Tensor:
+        """Return ``values`` (out,) in a shape that broadcasts over the layer's output."""
+
     def low_rank(
         self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float = 1.0, dropout: float = 0.0, gain: Tensor | None = None
     ) -> Tensor:

@@ -1,16 +1,21 @@
 """Virtual tokens: the learned numbers of soft prompts and prefixes, without a word about the model they go into.
 
-Prompt tuning: Lester et al. 2021, arXiv 2104.08691, ``E_in = [P; Emb(x)]``. Prefix tuning: Li & Liang 2021, arXiv 2101.00190,
-equation 3, ``Z = Linear(tanh(Linear(E)))``, where Z holds keys and values of every layer.
+Prompt tuning: Lester et al. 2021, arXiv 2104.08691, ``E_in = [P; Emb(x)]``. P-tuning: Liu et al. 2021, arXiv 2103.10385,
+``P = MLP(BiLSTM(E))``. Prefix tuning: Li & Liang 2021, arXiv 2101.00190, equation 3, ``Z = Linear(tanh(Linear(E)))``, where Z holds
+keys and values of every layer.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.nn.adapter import BuildContext, fill_kaiming, fill_normal
+
+EncoderKind = Literal["mlp", "lstm"]
 
 
 class PromptTokens(nn.Module):
@@ -20,12 +25,23 @@ class PromptTokens(nn.Module):
         context: Place, dtype and seed.
         count: N.
         width: d.
-        rows: Values to start from, (N, d); None draws from U(-0.5, 0.5), as the paper's code does.
+        rows: Values to start from, (N, d); None draws from U(-bound, bound).
+        bound: 0.5 is what the code of prompt tuning has.
+        dropout: Dropout on P, in training.
     """
 
-    def __init__(self, context: BuildContext, *, count: int, width: int, rows: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        context: BuildContext,
+        *,
+        count: int,
+        width: int,
+        rows: Tensor | None = None,
+        bound: float = 0.5,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.seed = context.seed
+        self.seed, self.bound, self.dropout = context.seed, bound, dropout
         self._rows = None if rows is None else rows.detach().clone()
         self.weight = context.empty(count, width)
         self.reset_parameters()
@@ -35,12 +51,77 @@ class PromptTokens(nn.Module):
         rows = self._rows
         if rows is None:
             rows = torch.rand(self.weight.shape, generator=torch.Generator().manual_seed(self.seed)) - 0.5
+            rows = rows * (2 * self.bound)
         with torch.no_grad():
             self.weight.copy_(rows)
 
     def forward(self) -> Tensor:
         """Return P (N, d)."""
-        return self.weight
+        return F.dropout(self.weight, self.dropout, self.training) if self.dropout else self.weight
+
+
+class PromptEncoder(nn.Module):
+    """A soft prompt that a small network computes from ``embedding`` E (N, d): P-tuning.
+
+    ``mlp``: d → h → h → d with ReLU between. ``lstm``: a bidirectional LSTM with h units per direction, then 2h → 2h → d. The MLP's
+    weights are ``weight0``, ``bias0``, ..., the LSTM's have the names of ``nn.LSTM``.
+
+    Args:
+        context: Place, dtype and seed.
+        count: N.
+        width: d.
+        kind: The network.
+        hidden: h.
+        layers: Layers of the LSTM.
+        dropout: Dropout between the LSTM's layers, in training.
+    """
+
+    def __init__(
+        self, context: BuildContext, *, count: int, width: int, kind: EncoderKind, hidden: int, layers: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.seed, self.hidden, self.dropout = context.seed, hidden, dropout
+        self.layers = layers if kind == "lstm" else 0
+        self.embedding = context.empty(count, width)
+        self.recurrent: list[str] = []
+        for layer in range(self.layers):
+            for side in ("", "_reverse"):
+                inside = 2 * hidden if layer else width
+                for name, shape in (("weight_ih", (inside,)), ("weight_hh", (hidden,)), ("bias_ih", ()), ("bias_hh", ())):
+                    self.recurrent.append(f"{name}_l{layer}{side}")
+                    self.register_parameter(self.recurrent[-1], context.empty(4 * hidden, *shape))
+        self.widths = (2 * hidden, 2 * hidden, width) if self.layers else (width, hidden, hidden, width)
+        for i in range(len(self.widths) - 1):
+            self.register_parameter(f"weight{i}", context.empty(self.widths[i + 1], self.widths[i]))
+            self.register_parameter(f"bias{i}", context.empty(self.widths[i + 1]))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """E from N(0, 1), the layers like ``nn.Linear`` and ``nn.LSTM``: the defaults that the paper's code leaves in place."""
+        generator = torch.Generator().manual_seed(self.seed)
+        fill_normal(self.embedding, 1.0, generator)
+        for name in self.recurrent:
+            fill_kaiming(self.get_parameter(name), self.hidden, generator)
+        for i, inside in enumerate(self.widths[:-1]):
+            fill_kaiming(self.get_parameter(f"weight{i}"), inside, generator)
+            fill_kaiming(self.get_parameter(f"bias{i}"), inside, generator)
+
+    def forward(self) -> Tensor:
+        """Return P (N, d)."""
+        h: Tensor = self.embedding
+        if self.layers:
+            start = h.new_zeros(2 * self.layers, 1, self.hidden)
+            weights: list[Tensor] = [self.get_parameter(name) for name in self.recurrent]
+            # Not nn.LSTM, which keeps a second list of its parameters, behind those that FSDP2 puts in their place. Nor cuDNN, which
+            # wants them in one piece.
+            with torch.backends.cudnn.flags(enabled=False):
+                states, _, _ = torch.lstm(
+                    h[None], [start, start], weights, True, self.layers, self.dropout, self.training, True, True
+                )
+            h = states[0]  # (N, 2h)
+        for i in range(len(self.widths) - 1):
+            h = F.linear(F.relu(h) if i else h, self.get_parameter(f"weight{i}"), self.get_parameter(f"bias{i}"))
+        return h
 
 
 class PrefixTokens(nn.Module):
@@ -51,11 +132,12 @@ class PrefixTokens(nn.Module):
         count: p.
         width: kv_heads x head_dim.
         std: Standard deviation of the normal initialisation.
+        dropout: Dropout on keys and values, in training.
     """
 
-    def __init__(self, context: BuildContext, *, count: int, width: int, std: float) -> None:
+    def __init__(self, context: BuildContext, *, count: int, width: int, std: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.seed, self.std = context.seed, std
+        self.seed, self.std, self.dropout = context.seed, std, dropout
         self.key, self.value = context.empty(count, width), context.empty(count, width)
         self.reset_parameters()
 
@@ -67,7 +149,9 @@ class PrefixTokens(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return (keys, values), each (p, kv_heads x head_dim)."""
-        return self.key, self.value
+        if not self.dropout:
+            return self.key, self.value
+        return F.dropout(self.key, self.dropout, self.training), F.dropout(self.value, self.dropout, self.training)
 
 
 class PrefixTrunk(nn.Module):

@@ -1,8 +1,17 @@
 """All methods. Importing the package registers them; third parties register by entry point ``lightning_peft.methods``."""
 
+from lightning_peft.strategies.additive import IA3 as IA3
+from lightning_peft.strategies.additive import SSF as SSF
+from lightning_peft.strategies.additive import Compacter as Compacter
+from lightning_peft.strategies.additive import CompacterPlusPlus as CompacterPlusPlus
 from lightning_peft.strategies.additive import HoulsbyAdapter as HoulsbyAdapter
+from lightning_peft.strategies.additive import ParallelAdapter as ParallelAdapter
+from lightning_peft.strategies.additive import PfeifferAdapter as PfeifferAdapter
 from lightning_peft.strategies.additive import PrefixTuning as PrefixTuning
 from lightning_peft.strategies.additive import PromptTuning as PromptTuning
+from lightning_peft.strategies.additive import PTuning as PTuning
+from lightning_peft.strategies.additive import PTuningV2 as PTuningV2
+from lightning_peft.strategies.additive import VisualPromptTuning as VisualPromptTuning
 from lightning_peft.strategies.architectural import LadderSideTuning as LadderSideTuning
 from lightning_peft.strategies.baselines import Full as Full
 from lightning_peft.strategies.baselines import Head as Head
@@ -29,6 +38,8 @@ from lightning_peft.strategies.reparameterized import ReLoRA as ReLoRA
 from lightning_peft.strategies.reparameterized import ReMoRA as ReMoRA
 from lightning_peft.strategies.reparameterized import VeRA as VeRA
 from lightning_peft.strategies.selective import BitFit as BitFit
+from lightning_peft.strategies.selective import LayerSelection as LayerSelection
+from lightning_peft.strategies.selective import LNTuning as LNTuning
 from lightning_peft.strategies.selective import TokenRows as TokenRows
 from lightning_peft.strategies.strategy import MethodInfo as MethodInfo
 from lightning_peft.strategies.strategy import PEFTStrategy as PEFTStrategy

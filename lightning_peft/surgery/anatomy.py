@@ -106,13 +106,29 @@ class Anatomy:
             )
         return found
 
+    def block_of(self, path: str) -> str | None:
+        """Return the path of the block that holds the module at ``path``, or None outside blocks."""
+        while path and path not in self.layers:
+            path = path.rpartition(".")[0]
+        return path or None
+
     def block_index(self, path: str) -> int | None:
         """Return the index of the block that holds ``path``, counted within its stack, or None outside blocks."""
-        while path:
-            if path in self.layers:
-                return self.layers[path]
-            path = path.rpartition(".")[0]
-        return None
+        block = self.block_of(path)
+        return None if block is None else self.layers[block]
+
+    def partner(self, site: Site, role: str, other: str) -> Site | None:
+        """Return the site that has the role ``other`` beside a site with the role ``role``: same block, same scope.
+
+        None if the site does not have that role, or the block has no such layer. Partners of ``attention`` roles are found for
+        cross attention too.
+        """
+        if site.role is None or not site.role.endswith(role):
+            return None
+        block, owner = self.block_of(site.path), site.path.rpartition(".")[0]
+        found = [s for s in self.roles.get(site.role.removesuffix(role) + other, ()) if self.block_of(s.path) == block]
+        # Of several, as with shared experts, the one in the same module.
+        return min(found, key=lambda s: not is_within(s.path, owner), default=None)
 
     def conditional(self, path: str) -> bool:
         """Return whether the module at ``path`` may legally not run in a forward: routed experts, layers under layer-drop."""

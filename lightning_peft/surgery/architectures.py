@@ -66,6 +66,7 @@ _BERT_ROLES: Roles = {
     "cross_attention.output": "crossattention.output.dense",
     "mlp.up": "intermediate.dense",
     "mlp.down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
 }
 _NEOX_ROLES: Roles = {"mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"}
 _BART_ROLES: Roles = {
@@ -287,13 +288,14 @@ FAMILIES: tuple[Family, ...] = (
             "attention.output": "attention.out_lin",
             "mlp.up": "ffn.lin1",
             "mlp.down": "ffn.lin2",
+            "mlp_norm": "output_layer_norm",
         },
     ),
     _bert(
         "deberta",
         causal=False,
         positions="relative",
-        roles={k: _BERT_ROLES[k] for k in ("attention.output", "mlp.up", "mlp.down")},
+        roles={k: _BERT_ROLES[k] for k in ("attention.output", "mlp.up", "mlp.down", "mlp_norm")},
         fused={"attention.self.in_proj": Fused(parts=_QKV, per_head=True)},
     ),
     _bert(
@@ -301,7 +303,7 @@ FAMILIES: tuple[Family, ...] = (
         causal=False,
         positions="relative",
         roles={
-            **{k: _BERT_ROLES[k] for k in ("attention.output", "mlp.up", "mlp.down")},
+            **{k: _BERT_ROLES[k] for k in ("attention.output", "mlp.up", "mlp.down", "mlp_norm")},
             "attention.query": "attention.self.query_proj",
             "attention.key": "attention.self.key_proj",
             "attention.value": "attention.self.value_proj",
@@ -321,10 +323,11 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     _seq2seq("t5", ("t5", "mt5", "umt5"), _T5_ROLES, "block", "relative"),
+    _seq2seq("bart", ("mbart", "pegasus", "m2m_100", "blenderbot"), _BART_ROLES, "layers", "absolute"),
     _seq2seq(
         "bart",
-        ("bart", "mbart", "pegasus", "m2m_100", "marian", "blenderbot", "blenderbot-small"),
-        _BART_ROLES,
+        ("bart", "marian", "blenderbot-small"),
+        {**_BART_ROLES, "mlp_norm": "final_layer_norm"},
         "layers",
         "absolute",
     ),

@@ -10,13 +10,13 @@ from torch import nn
 from lightning_peft.errors import TargetError
 from lightning_peft.surgery.architectures import BY_MODEL_TYPE, BYPASSES
 from lightning_peft.surgery.families import Family, Fused, Roles, Stack
-from lightning_peft.surgery.layers import MODULE, NORM, TENSOR, TRANSPOSED_TENSOR, LinearKind, Rows, layer_kind
-from lightning_peft.surgery.ports import BodyPort, Port, attention_ports, embeddings_port, heads, hidden_width
+from lightning_peft.surgery.layers import EMBEDDING, MODULE, NORM, TENSOR, TRANSPOSED_TENSOR, LinearKind, Rows, layer_kind
+from lightning_peft.surgery.ports import BodyPort, PatchesPort, Port, attention_ports, embeddings_port, heads, hidden_width
 from lightning_peft.surgery.sites import Site, attention_sites, make_site
 from lightning_peft.surgery.tree import ModuleTree, is_within, join, model_type
 
 LOCAL_ROLES = (
-    "attention", "cross_attention", "mlp", "experts", "norm", "embedding", "projection", "head", "block", "body",
+    "attention", "cross_attention", "mlp", "experts", "norm", "mlp_norm", "embedding", "projection", "head", "block", "body",
 )  # fmt: skip
 PARTS = ("query", "key", "value", "output")
 PART_ORDER = (*PARTS, "gate_up", "gate", "up", "down")
@@ -56,7 +56,7 @@ class AnatomyBuilder:
         self.tree = tree
         self.roles: dict[str, list[Site]] = {}
         self.layers: dict[str, int] = {}
-        self.ports: dict[str, list[Port]] = {"embeddings": [], "attention_kv": [], "body": []}
+        self.ports: dict[str, list[Port]] = {"embeddings": [], "attention_kv": [], "body": [], "patches": []}
         self.bypasses = dict(_bypasses(tree))
         self.optional = [path for path in tree.modules if path.rpartition(".")[2] == "experts"]
         self.notes: list[str] = []
@@ -140,10 +140,11 @@ class AnatomyBuilder:
         return found
 
     def _add_everywhere(self, roots: Iterable[str]) -> None:
-        """Add what is the same for every family: heads, norms, expert stacks."""
+        """Add what is the same for every family: heads, norms, expert stacks, bodies of vision models."""
         self.add_heads(tuple(roots))
         self.add_norms()
         self.add_experts()
+        self.add_patches()
 
     # Stacks and blocks
 
@@ -279,6 +280,27 @@ class AnatomyBuilder:
                 if value is not None and value.dim() == 3 and value.is_floating_point():
                     role = f"experts.{part}"
                     self._append(role, make_site(self.tree.root, path, kind=kind, tensor=tensor, member=part, role=role))
+
+    def add_patches(self) -> None:
+        """Add the bodies that read patches: what embeds their input is no table, and where nothing is known of that, there is no table.
+
+        Their width, if need be, is that of their norms.
+        """
+        tables = any(layer_kind(module) == EMBEDDING for module in self.tree.modules.values())
+        for body in self.ports["body"]:
+            assert isinstance(body, BodyPort)
+            embeddings = self.roles.get(join(body.scope, "embedding"), [])
+            if any(site.spec.kind == "embedding" for site in embeddings) or (tables and not embeddings):
+                continue
+            norms = {site.spec.out_features for sites in self.roles.values() for site in sites if self._is_norm_of(site, body)}
+            hidden = body.hidden or (norms.pop() if len(norms) == 1 else None)
+            patch = next((site.spec.in_features for site in embeddings), None)
+            port = PatchesPort(path=body.path, scope=body.scope, blocks=body.blocks, hidden=hidden, patch=patch)
+            self.ports["patches"].append(port)
+
+    @staticmethod
+    def _is_norm_of(site: Site, body: BodyPort) -> bool:
+        return site.spec.kind == "norm" and any(is_within(site.path, block) for block in body.blocks)
 
     # Cross attention
 

@@ -45,7 +45,8 @@ class Stack:
         path: Module that takes ``input_ids`` (or the images), relative to the base model.
         blocks: ModuleList of the blocks, relative to ``path``.
         roles: Role -> path or paths relative to a block; paths that a model lacks are skipped. An ``nn.MultiheadAttention``
-            stands under ``attention`` or ``cross_attention`` and expands to its four projections.
+            stands under ``attention`` or ``cross_attention`` and expands to its four projections. ``mlp_norm`` is the norm of a
+            post-norm block that reads the sum of the feed-forward sub-layer's input and output.
         fused: Path relative to a block -> the roles among its rows.
         embedding: Input embedding (or patch projection), relative to ``path``.
         tokens: The module at ``path`` takes ``inputs_embeds`` in place of ``input_ids``.

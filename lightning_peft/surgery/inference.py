@@ -17,6 +17,7 @@ from lightning_peft.surgery.tree import ModuleTree, join
 # Children of torch's own layers; their linear layers have fixed meanings.
 TORCH_ENCODER: Roles = {"attention": "self_attn", "mlp.up": "linear1", "mlp.down": "linear2"}
 TORCH_DECODER: Roles = {**TORCH_ENCODER, "cross_attention": "multihead_attn"}
+LAST_NORM = {"encoder": "norm2", "decoder": "norm3"}
 
 # Sibling sets of projection names: a set counts only if query, key and value stand side by side.
 ATTENTION_NAMES = (
@@ -59,6 +60,7 @@ def infer(tree: ModuleTree, notes: tuple[str, ...] = ()) -> AnatomyBuilder:
     _add_head(builder)
     builder.add_norms()
     builder.add_experts()
+    builder.add_patches()
     config = getattr(tree.root, "config", None)
     cross = tuple(p for p in tree.modules if _is_cross(p))
     builder.ports["attention_kv"] += attention_ports(tree, "", "", builder.layers, config, cross)
@@ -79,6 +81,8 @@ def add_torch_layers(builder: AnatomyBuilder) -> bool:
             owner = owner.rpartition(".")[0] if isinstance(builder.tree[owner], nn.ModuleList) else owner
             stacks.setdefault(owner, []).append(block)
             builder.add_block_roles(block, roles, prefix)
+            if not builder.tree[block].norm_first:
+                builder.add_block_roles(block, {"mlp_norm": LAST_NORM[scope]}, prefix)
         for owner, blocks in stacks.items():
             builder.add_blocks(tuple(blocks), prefix)
             builder.add_body(owner, tuple(blocks), prefix, None)

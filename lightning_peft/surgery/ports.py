@@ -86,6 +86,18 @@ class BodyPort(Port):
     hidden: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PatchesPort(BodyPort):
+    """A body that reads image patches, or other vectors: nothing in its stack embeds tokens.
+
+    Args:
+        patch: Numbers in one patch (channels x height x width), or None where no patch embedding is known.
+    """
+
+    name: ClassVar[str] = "patches"
+    patch: int | None = None
+
+
 def first_int(owners: tuple[object, ...], names: tuple[str, ...]) -> int | None:
     """Return the first positive integer attribute among ``names`` (outer loop) of ``owners`` (inner loop)."""
     for name in names:

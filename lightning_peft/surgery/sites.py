@@ -191,6 +191,9 @@ class LayerCall:
             self._weight = self.site.weight(self.module)
         return self._weight
 
+    def along_channels(self, values: Tensor) -> Tensor:
+        return self.site.kind.along_channels(values)
+
     def low_rank(
         self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float = 1.0, dropout: float = 0.0, gain: Tensor | None = None
     ) -> Tensor:

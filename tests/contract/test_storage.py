@@ -22,6 +22,7 @@ from lightning_peft.errors import MergeError, UnsupportedLayerError
 from lightning_peft.quantization.backend import backend_of
 from lightning_peft.quantization.config import Quantization
 from lightning_peft.surgery.layers import DENSE, Storage, storage_of
+from lightning_peft.surgery.stack import AttachEntry, ReparametrizeEntry
 from tests.backbones import BACKBONES, Backbone, loss_of, run, tensors
 from tests.contract.cases import (
     _stored,
@@ -40,6 +41,7 @@ from tests.contract.cases import (
 )
 
 F32, F64 = torch.float32, torch.float64
+VISION = "vit"  # for methods that no language model can have
 
 
 @dataclass(frozen=True)
@@ -106,16 +108,18 @@ class Case:
 
 def _cases() -> Iterator[Case]:
     for name, how in STORAGES.items():
-        for backbone in (BACKBONES[b] for b in how.backbones):
-            anatomy = lp.anatomy_of(stored(backbone, how.config, how.dtype))
-            for info in lp.list_methods():
-                strategy = example(info)
-                adapts = any("attention.query" in each.info.default_roles for each in (strategy, *members(strategy)))
-                if backbone.name == "llama" and adapts and not members(strategy):
-                    strategy = dataclasses.replace(strategy, targets="all-linear")
-                last = backbone.name == how.backbones[-1]
-                if (adapts or info.base_quantization or last) and obstacle(strategy, anatomy) is None:
-                    yield Case(strategy, name, backbone)
+        models = {b: stored(BACKBONES[b], how.config, how.dtype) for b in (*how.backbones, VISION)}
+        anatomies = {b: lp.anatomy_of(model) for b, model in models.items()}
+        for info in lp.list_methods():
+            strategy = example(info)
+            adapts = any("attention.query" in each.info.default_roles for each in (strategy, *members(strategy)))
+            fitting = [b for b in how.backbones if obstacle(strategy, anatomies[b]) is None]
+            if not fitting and obstacle(strategy, anatomies[VISION]) is None:
+                yield Case(strategy, name, BACKBONES[VISION])
+            for b in fitting:
+                wide = b == "llama" and adapts and not members(strategy)
+                if adapts or info.base_quantization or b == how.backbones[-1]:
+                    yield Case(dataclasses.replace(strategy, targets="all-linear") if wide else strategy, name, BACKBONES[b])
 
 
 def _fits(case: Case) -> bool:
@@ -153,11 +157,20 @@ def adapts_quantized(handle: lp.Handle) -> bool:
     return any(storage_of(entry.module) != DENSE for entry in handle.entries)
 
 
+def scales_rows(entry: AttachEntry | ReparametrizeEntry) -> bool:
+    """Whether an adapter multiplies the rows of its weight by numbers: int8, which has a scale per row, takes that exactly."""
+    with torch.no_grad():
+        weight = entry.site.weight(entry.module).double()
+        merged, _ = entry.adapter.merged(weight, None)
+        factors = (merged * weight).sum(-1, keepdim=True) / weight.square().sum(-1, keepdim=True)
+        return torch.allclose(merged, factors * weight)
+
+
 def test_every_method_is_tested_on_every_scheme_and_backend() -> None:
     seen = {(case.strategy.info.name, case.storage) for case in FITTING}
     missing = {(info.name, name) for info in lp.list_methods() for name in STORAGES if name != "fp4-bnb-single"} - seen
     assert not missing
-    assert {case.strategy.info.name for case in REFUSED} == {"full"}
+    assert {case.strategy.info.name for case in REFUSED} == {info.name for info in lp.list_methods() if info.storages == {DENSE}}
     # Otherwise the suite would hold the methods against dense layers only.
     for case in TRAINING:
         if "attention.query" in case.strategy.info.default_roles:
@@ -240,7 +253,9 @@ def test_merge_and_back(case: Case) -> None:
         assert_same(snapshot(model), before)
         assert torch.equal(run(model, batch), expected)
 
-    dense = handle.merge(quantized="dense", untie=True)
+    exact = {f"{e.path}.weight" for e in handle.entries if case.how.scheme == "int8" and scales_rows(e)}
+    options = {"untie": True, "add_bias": True}  # what else some method needs
+    dense = handle.merge(quantized="dense", **options)
     for module, args, kwargs, out in seen:
         with torch.no_grad():
             merged = next(tensors(module(*args, **kwargs)))
@@ -252,13 +267,15 @@ def test_merge_and_back(case: Case) -> None:
     if not touches:
         return
 
-    report = handle.merge(quantized="requantize", untie=True)
+    report = handle.merge(quantized="requantize", **options)
     changed = [layer for layer in report.layers if layer.storage == case.how.scheme]
     assert changed
     for layer in changed:
         assert layer.measured < 1.6 * layer.predicted, layer
         # After a small change most weights lie where they were: on values that the storage holds exactly. And int8 has a scale per
         # row: rows of 16 have smaller extremes than those of real models, for which the prediction is.
+        if layer.path in exact:
+            continue
         assert layer.change < 0.2 or layer.measured > (0.4 if case.how.scheme == "int8" else 0.6) * layer.predicted, layer
     assert not torch.equal(run(model, batch), expected)
     merged_codes = codes(model)
@@ -266,7 +283,7 @@ def test_merge_and_back(case: Case) -> None:
     handle.unmerge()
     assert_codes(model, quantized)
     assert torch.equal(run(model, batch), expected)
-    assert handle.merge(quantized="requantize", untie=True) == report
+    assert handle.merge(quantized="requantize", **options) == report
     handle.remove()
     assert {type(m) for m in model.modules()} == {type(m) for m in case.fresh().modules()}
     assert_codes(model, merged_codes)

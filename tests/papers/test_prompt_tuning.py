@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft.errors import ConfigError, MergeError
+from lightning_peft.errors import ConfigError, MergeError, UnsupportedLayerError
 from lightning_peft.strategies import get_method, inject, resolve
 from lightning_peft.strategies.additive import PromptTuning
 
@@ -66,6 +66,32 @@ def test_vocabulary_init_takes_rows_of_the_embedding() -> None:
     assert torch.equal(handle.state_dict()["model.tokens.weight"], table[rows])
 
 
+@pytest.mark.parametrize(("text", "ids"), [([7, 8, 9], [7, 8, 9, 7, 8]), ([4, 5, 6, 7, 8, 9, 10], [4, 5, 6, 7, 8])])
+def test_text_init_takes_the_embeddings_of_the_text_repeated_or_cut(text: list[int], ids: list[int]) -> None:
+    model = llama()
+    plain = copy.deepcopy(model)
+    handle = inject(model, PromptTuning(num_virtual_tokens=N, init="text", init_ids=text))  # type: ignore[arg-type]
+    assert torch.equal(handle.state_dict()["model.tokens.weight"], plain.get_input_embeddings().weight[ids])
+    inputs = torch.randint(3, 99, (2, 7))
+    whole = plain(torch.cat([torch.tensor(ids).expand(2, -1), inputs], 1)).logits[:, N:]
+    assert torch.equal(model(inputs).logits, whole), "it starts as the model that has read the text"
+
+
+def test_vocabulary_init_draws_from_the_given_tokens() -> None:
+    model = llama()
+    frequent = [5, 17, 40]
+    handle = inject(model, PromptTuning(num_virtual_tokens=30, init="vocabulary", init_ids=frequent))  # type: ignore[arg-type]
+    table = model.get_input_embeddings().weight.detach()
+    rows = {int((table == row).all(-1).nonzero()[0, 0]) for row in handle.state_dict()["model.tokens.weight"]}
+    assert rows == set(frequent)
+
+
+def test_text_beyond_the_vocabulary_is_refused() -> None:
+    model = llama()
+    with pytest.raises(ConfigError, match="init_ids holds 99, but 'model.embed_tokens' has 99 rows"):
+        inject(model, PromptTuning(init="text", init_ids=[3, 99]))  # type: ignore[arg-type]
+
+
 def test_vocabulary_init_keeps_the_scale_of_the_embedding() -> None:
     config = hf.Gemma3TextConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
@@ -91,8 +117,9 @@ def test_random_init_is_uniform_and_seeded() -> None:
 def test_vocabulary_init_needs_weights() -> None:
     with torch.device("meta"):
         model = llama()
-    with pytest.raises(ConfigError, match="meta device"):
-        inject(model, PromptTuning(init="vocabulary"))
+    for strategy in (PromptTuning(init="vocabulary"), PromptTuning(init="text", init_ids=(4, 5))):
+        with pytest.raises(UnsupportedLayerError, match="meta device"):
+            inject(model, strategy)
     handle = inject(model, PromptTuning(num_virtual_tokens=N))
     assert handle.trainable_parameters()[0].is_meta
 
@@ -138,7 +165,13 @@ def test_bad_values() -> None:
         PromptTuning(num_virtual_tokens=0)
     with pytest.raises(ConfigError, match="num_virtual_tokns"):
         resolve({"class_path": "PromptTuning", "init_args": {"num_virtual_tokns": 3}})
-    with pytest.raises(ConfigError, match="random.*vocabulary"):
-        PromptTuning(init="text")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="random.*vocabulary.*text"):
+        PromptTuning(init="words")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs the token ids"):
+        PromptTuning(init="text")
+    with pytest.raises(ConfigError, match="set init to 'text'"):
+        PromptTuning(init_ids=(4, 5))
+    with pytest.raises(ConfigError, match="not negative"):
+        PromptTuning(init="text", init_ids=(4, -5))
     strategy = PromptTuning(num_virtual_tokens=7, init="vocabulary")
     assert resolve(strategy.to_dict()) == strategy == dataclasses.replace(strategy)

@@ -18,7 +18,7 @@ from lightning_peft.surgery.anatomy import Anatomy, anatomy_of
 from lightning_peft.surgery.architectures import BY_MODEL_TYPE
 from lightning_peft.surgery.families import Family, Fused, Stack
 from lightning_peft.surgery.layers import parameter
-from lightning_peft.surgery.ports import AttentionPort, BodyPort, EmbeddingsPort
+from lightning_peft.surgery.ports import AttentionPort, BodyPort, EmbeddingsPort, PatchesPort
 from lightning_peft.surgery.sites import Site
 from tests.surgery.zoo import IMAGE, INFERRED, MODELS, SIZES, TEXT, Translator, build, inputs, seq2seq, tokens
 
@@ -118,6 +118,49 @@ def test_up_gate_down_are_what_they_are_called(name: str) -> None:
                 torch.testing.assert_close(seen_by(model, down.path), hidden * 2)
             with changed(model, in_first_block(anatomy, f"{prefix}mlp.gate"), lambda w: w * 2):
                 assert not torch.allclose(seen_by(model, down.path), hidden * 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mlp_norm_reads_the_sum_around_the_feed_forward_layer_and_no_other_norm_does(name: str) -> None:
+    model = build(name)
+    anatomy = anatomy_of(model)
+    read: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+
+    def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            read[path], given[path] = args[0].flatten(0, -2).clone(), out.flatten(0, -2).clone()  # some models go on in place
+
+        return hook
+
+    norms = anatomy.sites("norm") if anatomy.role_names("norm") else ()
+    downs = [site for role, sites in anatomy.roles.items() if role.endswith("mlp.down") for site in sites]
+    pairs = [(anatomy.partner(down, "mlp.down", "mlp.up"), down) for down in downs]
+    for path in {site.path for pair in pairs for site in pair if site is not None} | {norm.path for norm in norms}:
+        model.get_submodule(path).register_forward_hook(note(path))
+    with torch.no_grad():
+        model(**inputs(model))
+    for up, down in pairs:
+        assert up is not None
+        total = read[up.path] + given[down.path]
+        inside = [s.path for s in norms if s.path in read and anatomy.block_of(s.path) == anatomy.block_of(down.path)]
+        reading = [p for p in inside if read[p].shape == total.shape and torch.allclose(read[p], total, atol=1e-5)]
+        named = anatomy.partner(down, "mlp.down", "mlp_norm")
+        assert reading == ([] if named is None else [named.path])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_patches_are_read_where_no_tokens_are(name: str) -> None:
+    model = build(name)
+    anatomy = anatomy_of(model)
+    found = {port.path: port for port in anatomy.ports.get("patches", ()) if isinstance(port, PatchesPort)}
+    assert bool(found) == ("pixel_values" in inputs(model))
+    for port in found.values():
+        tower = model.get_submodule(port.path)
+        assert not any(isinstance(m, nn.Embedding) and m.num_embeddings == 99 for m in tower.modules())
+        assert port.hidden == 32
+        assert port.patch == 3 * 8 * 8
+        assert anatomy.roles[f"{port.scope}.body".lstrip(".")]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_peft.checkpoint import read_adapter
 from lightning_peft.errors import ConfigError
 from lightning_peft.training import rng
-from tests.backbones import VOCAB, llama
+from tests.backbones import VOCAB, llama, vit
 from tests.training.toys import LORA, InConfigureModel, InSetup, Interrupt, Plain, adapter_state, callback, loader, same, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -171,12 +171,38 @@ def tokens(*, shuffle: bool = True) -> Any:
         {"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.1}},
         {"class_path": "PrefixTuning", "init_args": {"num_virtual_tokens": 2}},
         {"class_path": "PromptTuning", "init_args": {"num_virtual_tokens": 2}},
+        {"class_path": "PTuning", "init_args": {"num_virtual_tokens": 2, "encoder": "lstm", "hidden_size": 4, "dropout": 0.1}},
+        {"class_path": "PTuningV2", "init_args": {"num_virtual_tokens": 2, "dropout": 0.1}},
     ],
-    ids=["lora", "prefix", "prompt"],
+    ids=["lora", "prefix", "prompt", "p-tuning", "p-tuning-v2"],
 )
 def test_language_model_resumes_exactly(make: Any, strategy: Any, tmp_path: Path) -> None:
     whole = fit(tmp_path / "a", make, strategy, data=tokens())
     assert_equal(whole, fit(tmp_path / "b", make, strategy, path=tmp_path / "a" / "step=4.ckpt", data=tokens()))
+
+
+class Vision(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = vit().eval()
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.net(pixel_values=batch[0]).logits.square().mean()
+
+    def val_dataloader(self) -> Any:
+        return images(shuffle=False)
+
+
+def images(*, shuffle: bool = True) -> Any:
+    pixels = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(pixels), batch_size=4, shuffle=shuffle)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_vision_model_with_prompts_resumes_exactly(deep: bool, tmp_path: Path) -> None:
+    strategy = {"class_path": "VisualPromptTuning", "init_args": {"num_virtual_tokens": 2, "deep": deep, "dropout": 0.1}}
+    whole = fit(tmp_path / "a", Vision, strategy, data=images())
+    assert_equal(whole, fit(tmp_path / "b", Vision, strategy, path=tmp_path / "a" / "step=4.ckpt", data=images()))
 
 
 @pytest.mark.parametrize("make", [Plain, InConfigureModel])

@@ -48,7 +48,7 @@ class PrefixTuning(PEFTStrategy):
         num_virtual_tokens: p. The paper uses 5 (table-to-text) to 200 (summarisation).
         projection: Compute keys and values with an MLP from p embeddings (the paper's reparametrisation).
         projection_size: Width of the MLP's hidden layer; the paper uses 512, and 800 for summarisation.
-        dropout: Dropout on keys and values in training, with ``projection``.
+        dropout: Dropout on keys and values in training.
         init_std: Standard deviation of keys and values at the start, without ``projection``; 1 in P-tuning v2's code.
     """
 
@@ -62,15 +62,14 @@ class PrefixTuning(PEFTStrategy):
         require(self.num_virtual_tokens >= 1, self, "num_virtual_tokens", "it must be at least 1")
         require(self.projection_size >= 1, self, "projection_size", "it must be at least 1")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "a probability below 1 is needed")
-        require(self.projection or self.dropout == 0.0, self, "dropout", "it needs projection=True")
         require(self.init_std > 0.0, self, "init_std", "it must be positive")
         if self.targets is not None:
-            raise TargetError("PrefixTuning acts on every attention module; `targets` has no meaning. Leave it out.")
+            raise TargetError(f"{type(self).__name__} acts on every attention module; `targets` has no meaning. Leave it out.")
 
     def plan(self, anatomy: Anatomy) -> Plan:
         ports = anatomy.port(AttentionPort)
         if not self.projection:
-            tokens = functools.partial(_build_tokens, count=self.num_virtual_tokens, std=self.init_std)
+            tokens = functools.partial(_build_tokens, count=self.num_virtual_tokens, std=self.init_std, dropout=self.dropout)
             return Plan(tuple(prefix_tap(port, tokens) for port in ports))
         widths: dict[str, int] = {}
         for port in ports:
@@ -92,8 +91,8 @@ def _trunk(port: AttentionPort) -> str:
     return "_".join(part for part in ("prefix", port.scope.replace(".", "_"), "cross" if port.cross else "") if part)
 
 
-def _build_tokens(context: BuildContext, port: AttentionPort, *, count: int, std: float) -> PrefixTokens:
-    return PrefixTokens(context, count=count, width=_width(port), std=std)
+def _build_tokens(context: BuildContext, port: AttentionPort, *, count: int, std: float, dropout: float) -> PrefixTokens:
+    return PrefixTokens(context, count=count, width=_width(port), std=std, dropout=dropout)
 
 
 def _build_projected(context: BuildContext, port: AttentionPort, *, dropout: float) -> ProjectedPrefix:
