@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import uuid
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoint import require_base
-from lightning_peft.errors import ConfigError, did_you_mean
+from lightning_peft.errors import CompatibilityError, ConfigError, PEFTError, did_you_mean
 from lightning_peft.quantization.options import QuantizeOptions
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.strategies.schedule import Schedule
@@ -22,8 +23,9 @@ from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.inject import NAME
 from lightning_peft.surgery.recompute import GradientCheckpointing
 from lightning_peft.surgery.stack import RESERVED, stack_of
-from lightning_peft.training import export, peak, restoring, rng, table
+from lightning_peft.training import export, peak, restoring, table
 from lightning_peft.training.adapted_root import other_keys, path_of
+from lightning_peft.training.bookmark import Bookmark
 from lightning_peft.training.installing import Installer
 from lightning_peft.training.namespace import is_a
 from lightning_peft.training.run_state import Run
@@ -45,7 +47,9 @@ class PEFTCallback(Installer):
 
     A ``.ckpt`` holds the adapters, everything else that trains (extra modules whole; outside the adapted root, parameters that train
     and persistent buffers), and what an exact resume needs, random states of each rank included. ``fit(ckpt_path=...)`` is strict
-    about adapters and refuses another base. A full checkpoint from before PEFT becomes the base, with fresh adapters.
+    about adapters and refuses another base. A full checkpoint from before PEFT becomes the base, with fresh adapters. Whenever a
+    checkpoint is written, by an exception or a signal too, it continues from the end of the last complete optimizer step. Files are
+    written whole or not at all; one that is damaged is refused, and the newest intact one beside it named.
 
     After ``fit``, adapter folders ``last`` and, if a checkpoint callback kept a best file, ``best`` lie in ``<log_dir>/adapter``
     (``<default_root_dir>/adapter`` without a logger; one level deeper for names other than ``default``), with the tokenizer of the
@@ -157,6 +161,11 @@ class PEFTCallback(Installer):
             )
 
     @property
+    def _bookmark(self) -> Bookmark:
+        assert self.run.bookmark is not None
+        return self.run.bookmark
+
+    @property
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint; one per adapter name."""
         return f"lightning_peft.PEFTCallback[{self.name}]"
@@ -215,6 +224,7 @@ class PEFTCallback(Installer):
         run.fresh = None
         run.step = trainer.global_step
         run.scale = _scale(trainer)
+        self._bookmark.resume()
         if self.gradient_sentinel != "off":
             extras = self.extras_of(pl_module)
             named = {f"{path}.{n}": p for path, m in extras.items() for n, p in m.named_parameters() if p.requires_grad}
@@ -225,19 +235,17 @@ class PEFTCallback(Installer):
         """Keep running statistics still, whatever has called ``train()`` in between."""
         assert self.run.modes is not None
         self.run.modes.hold()
-        self.run.resumed = None
         if self.run.peak is not None:
             self.run.peak.saw(batch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore random states again where Lightning has entered a finished epoch once more and made an iterator for nothing.
+        """Note that the run may continue from here."""
+        self._bookmark.mark("epoch")
 
-        It does so when a run that counts steps (``max_steps``) resumes; the iterator has drawn a seed.
-        """
-        run = self.run
-        if run.resumed is not None:
-            rng.restore_rank(run.resumed)
-            run.resumed = None
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that the run may continue from here."""
+        if self.run.stage == "fit" and not trainer.sanity_checking:
+            self._bookmark.mark("validation")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Add the method's penalty to the loss."""
@@ -260,15 +268,28 @@ class PEFTCallback(Installer):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check that the adapter runs and, after a step, let the schedule and the sentinel see it."""
-        run = self.run
         self._check_ran(pl_module)
-        stepped, run.stepping = run.stepping, None
+        self._bookmark.settle(idle=outputs is None)
+        self.run.stepping = None
+
+    def finish_step(self, trainer: Any, *, idle: bool) -> bool:
+        """Let the schedule and the sentinel see an optimizer step, once; return False where that was interrupted before.
+
+        Args:
+            trainer: The Trainer.
+            idle: The step had no loss.
+        """
+        run = self._run
+        if run is None or run.finishing:
+            return False
         if trainer.global_step == run.step:
-            return
+            return True
+        run.finishing = True
+        stepped, run.stepping = run.stepping, None
         run.step, before, run.scale = trainer.global_step, run.scale, _scale(trainer)
         skipped = before is not None and run.scale is not None and run.scale < before
         if run.sentinel is not None:  # before the schedule, which may put back what a step has moved (masks)
-            report = run.sentinel.after_step(skipped=skipped or outputs is None)
+            report = run.sentinel.after_step(skipped=skipped or idle)
             if run.sentinel.done:
                 sentinel, run.sentinel = run.sentinel, None
                 if report is not None:
@@ -276,6 +297,8 @@ class PEFTCallback(Installer):
         if run.schedule is not None and stepped is not None:
             # Once, however many optimizers there are: its plan counts like estimated_stepping_batches.
             run.schedule.after_step(stepped, skipped=skipped)
+        run.finishing = False
+        return True
 
     def _check_ran(self, module: nn.Module, *, training: bool = True) -> None:
         """Raise if the module has run and some adapter has not; the root's own forward checks by itself where it is called."""
@@ -304,7 +327,7 @@ class PEFTCallback(Installer):
         """Return random states of all ranks and the schedule's state, of the last ``fit`` if none runs; every rank has to call it."""
         run = self._run
         if run is not None and run.stage == "fit":
-            return {"rng": rng.gather_rng_states(), "schedule": run.schedule_state()}
+            return {**self._bookmark.state_dict(), "schedule": run.schedule_state()}
         return self._ended
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -312,8 +335,13 @@ class PEFTCallback(Installer):
         run = self.run
         if run.stage != "fit":  # Lightning restores callbacks for test and predict too, which are no continuation of a run
             return
-        run.resumed = state_dict["rng"]
-        rng.restore_rank(run.resumed)
+        if run.pending_init is not None and any(slot.tensor().is_meta for slot in self._handle(self._bookmark.module).slots):
+            raise CompatibilityError(
+                "ckpt_path was read while the module is on the meta device, which holds no values, so that it would start from init_from "
+                "again. Use a strategy that restores after it has made the module (restore_checkpoint_after_setup), or leave meta out."
+            )
+        run.pending_init = None  # the checkpoint is of a run that has begun from it
+        self._bookmark.load_state_dict(state_dict)
         run.saved_schedule = state_dict["schedule"]
         if run.schedule is not None and run.saved_schedule:  # strategies that restore after on_fit_start
             run.schedule.load_state_dict(run.saved_schedule)
@@ -353,15 +381,19 @@ class PEFTCallback(Installer):
         An adapter that this run installed and did not come to train goes too: it holds nothing, as when a checkpoint was refused.
         """
         fresh = None if self._run is None else self._run.fresh
+        if self._run is not None and self._run.stage == "fit" and self._run.bookmark is not None:
+            with contextlib.suppress(PEFTError):  # the run has failed already
+                self._bookmark.settle()
+            self._bookmark.told_to_stop = is_a(exception, "SIGTERMException")
         self._close(failed=True)
         if fresh is not None and not is_a(trainer.strategy, *SHARDED):
             fresh.remove()
 
     def _close(self, *, failed: bool = False) -> None:
         run, self._run = self._run, None
-        if run is not None and run.stage == "fit" and run.fresh is None:
-            states = [rng.rng_state()] if failed else rng.gather_rng_states()  # after an error other ranks may never come
-            self._ended = {"rng": states, "schedule": run.schedule_state()}
+        if run is not None and run.stage == "fit" and run.fresh is None and run.bookmark is not None:
+            # After an error other ranks may never come.
+            self._ended = {**run.bookmark.state_dict(alone=failed), "schedule": run.schedule_state()}
         while run is not None and run.undo:
             run.undo.pop()()
 

@@ -186,7 +186,10 @@ class Installer(pl.Callback):
         installed = self.handle_of(pl_module) is not None
         self._check_strategy(trainer, stage, installed)
         self._run = Run(stage)
-        TrainerHooks.enter(trainer.strategy, self)
+        owner: Any = self  # PEFTCallback has the rest of what an owner offers
+        self._run.bookmark = TrainerHooks.enter(trainer.strategy, owner).bookmark
+        if stage == "fit":
+            self._run.bookmark.reset()
         builds = overrides(pl_module, "configure_model")
         # A module that is built in `setup` is not here yet; weight averaging that copies the module right after us is no reason to wait.
         late = builds or (

@@ -247,8 +247,16 @@ def warn_of_stateless_loader(trainer: Any) -> None:
     progress = loop.epoch_loop.batch_progress
     if not (loop.restarting or loop.epoch_loop.restarting) or progress.current.ready == 0 or progress.is_last_batch:
         return
+    ahead = loop._data_fetcher.length is None and bool(getattr(loop._data_fetcher, "batches", ()))
     for loader in loop._combined_loader.flattened:
-        if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+        stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        if stateful and ahead:
+            warnings.warn(
+                f"{type(loader).__name__} has no length, so Lightning reads it one batch ahead, and saved its state there: the run goes "
+                "on without that batch. Give it a __len__, or resume at the end of an epoch.",
+                stacklevel=2,
+            )
+        if not stateful:
             warnings.warn(
                 f"the checkpoint is from batch {progress.current.ready} of an epoch, and {type(loader).__name__} over "
                 f"{type(getattr(loader, 'dataset', None)).__name__} has no state to continue from: the rest of this epoch sees other "

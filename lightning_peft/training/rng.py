@@ -18,7 +18,7 @@ def rng_state() -> RNGState:
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: RNGState = {
-        "python": {"version": version, "numbers": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
+        "python": {"version": version, "numbers": torch.from_numpy(np.array(numbers, dtype=np.int64)), "gauss": gauss},
         "numpy": {
             "name": str(name),
             "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
@@ -51,13 +51,14 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def gather_rng_states() -> list[RNGState]:
-    """Return the states of all ranks, by rank. Every rank has to call it."""
+def gather_rng_states(own: RNGState | None = None) -> list[RNGState]:
+    """Return the states of all ranks, by rank, those of now unless ``own`` is given. Every rank has to call it."""
+    own = rng_state() if own is None else own
     _, world = rank_and_world()
     if world == 1:
-        return [rng_state()]
+        return [own]
     states: list[Any] = [None] * world
-    distributed.all_gather_object(states, rng_state())
+    distributed.all_gather_object(states, own)
     return states
 
 

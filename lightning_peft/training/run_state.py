@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_peft.checkpoint import AdapterFile
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.surgery.handle import Handle
-from lightning_peft.training import rng
+from lightning_peft.training.bookmark import Bookmark
 from lightning_peft.training.modes import BaseModes
 from lightning_peft.training.peak import PeakMemory
 from lightning_peft.training.sentinel import GradientSentinel
@@ -31,7 +31,8 @@ class Run:
     scale: float | None = None
     finished: bool = False
     saved_schedule: dict[str, Any] | None = None
-    resumed: list[rng.RNGState] | None = None
+    bookmark: Bookmark | None = None  # where the run would continue; shared by all callbacks of a Trainer
+    finishing: bool = False  # within what belongs to a step after it
     pending_init: AdapterFile | None = None
     peak: PeakMemory | None = None
     fresh: Handle | None = None  # installed by this run, which has not trained it yet

@@ -33,10 +33,12 @@ from lightning_peft.checkpoint import (
     stamp,
     strip_wrappers,
 )
+from lightning_peft.checkpoint.durable import write_durably
 from lightning_peft.errors import ConfigError
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.training import restoring, units
 from lightning_peft.training.adapted_root import other_keys, path_of
+from lightning_peft.training.bookmark import Bookmark
 from lightning_peft.training.namespace import is_a
 from lightning_peft.training.shards import SHARDED, Shards, tensors_of
 from lightning_peft.types import in_pieces
@@ -53,6 +55,10 @@ class Owner(Protocol):
     def checkpoint(self) -> str:
         """What a checkpoint holds: ``adapter`` or ``full``."""
 
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state in a checkpoint."""
+
     def handle_of(self, module: nn.Module) -> Handle | None:
         """Return this callback's adapter on a LightningModule, or None."""
 
@@ -64,6 +70,9 @@ class Owner(Protocol):
 
     def reach_optimizers(self, strategy: Any) -> None:
         """Bring the trainable parameters into the strategy's optimizers."""
+
+    def finish_step(self, trainer: Any, *, idle: bool) -> bool:
+        """Do what belongs to an optimizer step after it, once; return False where an earlier call was interrupted in it."""
 
     def say(self, module: nn.Module, text: str) -> None:
         """Print on rank zero."""
@@ -80,6 +89,8 @@ class TrainerHooks:
             setattr(strategy, name, functools.partial(getattr(self, name), getattr(strategy, name)))
         plugin = strategy.precision_plugin
         plugin.convert_module = functools.partial(self.convert_module, plugin.convert_module)
+        self.bookmark = Bookmark(strategy, self.owners)
+        write_durably(strategy.checkpoint_io)
 
     @classmethod
     def enter(cls, strategy: Any, owner: Owner) -> TrainerHooks:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -445,18 +444,3 @@ def test_swa_and_batch_norm_of_the_base_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="running statistics"):
         trainer(tmp_path, callback(), StochasticWeightAveraging(0.01)).fit(Norm(), loader())
-
-
-def test_disk_full_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
-    run, _, path = fitted(tmp_path)
-    before = path.read_bytes()
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
-    with pytest.raises(OSError, match="No space left"):
-        run.save_checkpoint(path)
-    assert path.read_bytes() == before
-    copy = shutil.copy(path, tmp_path / "copy.ckpt")
-    trainer(tmp_path, callback()).test(Plain(), loader(shuffle=False), ckpt_path=copy, verbose=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -124,3 +126,34 @@ def test_the_base_is_checked_once_it_has_values(scale: float, tmp_path: Path) ->
     else:
         with pytest.raises(lp.errors.CompatibilityError, match="another base model"):
             run.fit(module, loader(8))
+
+
+class MaterialisesFirst(Materialises):
+    restore_checkpoint_after_setup = True
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'default'. the base weights could not be compared")
+@pytest.mark.filterwarnings("ignore:for net.*copying from a non-meta parameter")
+def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_init_from(tmp_path: Path) -> None:
+    handle = lp.inject(Plain().net, STRATEGY)
+    nn.init.ones_(handle.slots[0].tensor())
+    lp.save_adapter(handle, tmp_path / "adapter")
+    options = {"module": "net", "init_from": tmp_path / "adapter", "gradient_sentinel": "off"}
+    run = trainer(tmp_path, callback(STRATEGY, **options), strategy=MaterialisesFirst(device=torch.device("cpu")))
+    module = OnMeta()
+    run.fit(module, loader(8))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            assert same(adapter_state(pl_module), adapter_state(module))
+
+    strategy = MaterialisesFirst(device=torch.device("cpu"))
+    run = trainer(tmp_path, callback(STRATEGY, **options), Look(), strategy=strategy, max_epochs=2)
+    run.fit(OnMeta(), loader(8), ckpt_path=tmp_path / "a.ckpt")
+    assert run.global_step == 4
+    late = trainer(tmp_path, callback(STRATEGY, **options), strategy=Materialises(device=torch.device("cpu")), max_epochs=2)
+    with pytest.raises(NotImplementedError, match="meta") as caught:  # Lightning then moves the module to the CPU
+        late.fit(OnMeta(), loader(8), ckpt_path=tmp_path / "a.ckpt")
+    assert isinstance(caught.value.__context__, lp.errors.CompatibilityError)
+    assert "read while the module is on the meta device" in str(caught.value.__context__)
