@@ -131,6 +131,7 @@ def test_limit_and_full_take_only_the_dtype_of_a_row() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_step_cost_writes_ratios_and_a_picture(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

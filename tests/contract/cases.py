@@ -180,7 +180,7 @@ class Identified(Protocol):
         """Name of the case."""
 
 
-SHARE = 3  # of a method's cases, one in so many runs by default for each test, and at least as many
+SHARE, LEAST = 6, 3  # one in so many of a method's cases runs by default, for each test; and at least so many
 
 
 def over(cases: Sequence[Identified]) -> Callable[[F], F]:
@@ -190,7 +190,7 @@ def over(cases: Sequence[Identified]) -> Callable[[F], F]:
         chosen: set[str] = set()
         for name in {case.strategy.info.name for case in cases}:
             own = sorted((case.id for case in cases if case.strategy.info.name == name), key=functools.partial(_draw, test))
-            chosen |= set(own[: max(SHARE, -(-len(own) // SHARE))])
+            chosen |= set(own[: max(LEAST, -(-len(own) // SHARE))])
         marks = {case.id: () if case.id in chosen else pytest.mark.slow for case in cases}
         params = [pytest.param(case, id=case.id, marks=marks[case.id]) for case in cases]
         decorated: F = pytest.mark.parametrize("case", params)(test)

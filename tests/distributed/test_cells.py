@@ -1,6 +1,6 @@
 """Strategy × method × train, save, resume, merge, each for real on two CPU processes; ``-s`` prints the table of the README.
 
-pytest -m dist tests/distributed/test_cells.py -s
+pytest -m "dist or slow" tests/distributed/test_cells.py -s
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ KINDS = {"single": "one process", "ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP
 # What cannot be: the words of the error.
 REFUSED = {("fsdp1", "AdaLoRA"): "reads its parameters between steps"}
 CELLS = [(kind, method) for method in cases.METHODS for kind in KINDS if (kind, method) not in REFUSED]
+FAST = ("LoRA", "QLoRA", "AdaLoRA", "VeRA", "PrefixTuning")
 DONE: dict[tuple[str, str], set[str]] = {}
 
 
@@ -40,7 +41,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch
     return {}
 
 
-@pytest.mark.parametrize(("kind", "method"), CELLS)
+@pytest.mark.parametrize(("kind", "method"), [c if c[1] in FAST else pytest.param(*c, marks=pytest.mark.slow) for c in CELLS])
 def test_cell(kind: str, method: str, tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]]) -> None:
     world = 1 if kind == "single" else 2
     done = DONE.setdefault((kind, method), set())
@@ -49,6 +50,9 @@ def test_cell(kind: str, method: str, tmp_path: Path, alone: dict[str, dict[str,
     trained = adapter(tmp_path)
     if kind == "single":
         alone[method] = trained
+    elif method not in alone:
+        ranks.run(cases.fit, "single", method, tmp_path / "single", ranks=1)
+        alone[method] = adapter(tmp_path / "single")
     # Two processes with half a batch each are one process with the whole batch.
     assert furthest(alone[method], trained) < 1e-5
     done.add("train")

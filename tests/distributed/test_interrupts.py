@@ -12,10 +12,13 @@ from tests.distributed.test_cells import adapter, furthest
 
 pytestmark = pytest.mark.dist
 METHODS = ("LoRA", "QLoRA", "AdaLoRA", "PrefixTuning", "VeRA")
+FAST = {("LoRA", "ddp"), ("AdaLoRA", "ddp"), ("QLoRA", "fsdp2")}
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [pytest.param(m, k, marks=() if (m, k) in FAST else pytest.mark.slow) for m in METHODS for k in ("ddp", "fsdp2")],
+)
 def test_an_interrupted_run_resumes_exactly(method: str, kind: str, tmp_path: Path) -> None:
     draw = random.Random(f"{method} {kind}")
     step, how = draw.randrange(3, cases.STEPS - 2), draw.choice(["kill", "error"])
