@@ -15,7 +15,7 @@ import lightning_peft as lp
 from lightning_peft.checkpoint import read_adapter
 from tests.distributed import cases, ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("distributed")]
 README = Path(__file__).parents[2] / "README.md"
 KINDS = {"single": "one process", "ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2"}
 # What cannot be: the words of the error.

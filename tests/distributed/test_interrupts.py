@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import cases, ranks
 from tests.distributed.test_cells import adapter, furthest
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("distributed")]
 METHODS = ("LoRA", "QLoRA", "AdaLoRA", "PrefixTuning", "VeRA")
 FAST = {("LoRA", "ddp"), ("AdaLoRA", "ddp"), ("QLoRA", "fsdp2")}
 

@@ -15,7 +15,7 @@ from tests.distributed import cases, ranks
 from tests.distributed.test_cells import adapter, furthest
 from tests.training.test_cli import base, config  # noqa: F401 - fixtures
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("distributed")]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 

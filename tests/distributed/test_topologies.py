@@ -12,7 +12,7 @@ from lightning_peft.checkpoint import read_adapter
 from tests.distributed import cases, ranks
 from tests.distributed.test_cells import adapter, furthest
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("distributed")]
 WRITERS = ("single", "ddp", "fsdp1", "fsdp1-pieces", "fsdp2", "fsdp2-pieces")
 READERS = ("single", "ddp", "fsdp1", "fsdp2")
 
