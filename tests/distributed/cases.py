@@ -110,9 +110,9 @@ def trainer(kind: str, folder: Path, *callbacks: Any, pieces: bool = False, **op
     )
 
 
-def loader(kind: str) -> DataLoader[Any]:
+def loader(kind: str, texts: Texts | None = None) -> DataLoader[Any]:
     """Step s of two ranks sees the rows that step s of one process sees."""
-    texts = Texts()
+    texts = texts or Texts()
     if kind == "single":
         return DataLoader(texts, batch_size=BATCH)
     sampler = DistributedSampler(texts, num_replicas=2, rank=int(os.environ["RANK"]), shuffle=False)
@@ -264,3 +264,24 @@ def start_unseeded(kind: str, folder: Path) -> list[Any]:
     before = slot.tensor().detach().clone()
     trainer(kind, folder, Look(), max_steps=1).fit(model, loader(kind))
     return [before.tolist(), found[0].tolist()]
+
+
+def fit_smollm2(kind: str, base: str, folder: Path) -> None:
+    """Train the real model for a few steps on ragged rows."""
+
+    class Rows(Texts):
+        def __init__(self) -> None:
+            super().__init__(2 * BATCH)
+            self.ids = torch.randint(100, 40_000, (2 * BATCH, LENGTH), generator=torch.Generator().manual_seed(7))
+
+    model = lp.PEFTLightningModule(
+        lp.LoRA(rank=8, targets="all-linear"),
+        base,
+        dtype="float32",
+        lr=1e-3,
+        lr_scheduler=None,
+        optimizer=functools.partial(torch.optim.AdamW, eps=1e-3),
+        callback={"verbose": False},
+    )
+    pl.seed_everything(1, verbose=False)
+    trainer(kind, folder, max_steps=4).fit(model, loader(kind, Rows()))

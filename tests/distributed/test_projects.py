@@ -8,6 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 import lightning_peft as lp
+from examples.assets import smollm2
 from lightning_peft.checkpoint import read_adapter
 from lightning_peft.errors import ConfigError
 from tests.benchmarks import sharded_save
@@ -98,3 +99,12 @@ def test_every_rank_starts_from_the_adapter_of_rank_zero(kind: str, tmp_path: Pa
     (own, start), (other, same) = ranks.run(cases.start_unseeded, kind, tmp_path)
     assert own != other  # each has drawn its own
     assert start == same == own
+
+
+@pytest.mark.slow
+def test_smollm2_trains_alike_under_every_strategy(tmp_path: Path) -> None:
+    folder = str(smollm2())
+    ranks.run(cases.fit_smollm2, "single", folder, tmp_path / "single", ranks=1, timeout=300)
+    for kind in cases.GROUPS:
+        ranks.run(cases.fit_smollm2, kind, folder, tmp_path / kind, timeout=300)
+        assert furthest(adapter(tmp_path / "single"), adapter(tmp_path / kind)) < 1e-5, kind
