@@ -1,7 +1,7 @@
 """What one training step costs beside the least that it can cost: time and peak memory of ours, HF peft and full fine-tuning.
 
     python tests/benchmarks/step_cost.py                                   # all rows, SmolLM2-135M, 4 x 256 tokens
-    python tests/benchmarks/step_cost.py --rows lora-bf16 dora --steps 9 --out /tmp/cost
+    python tests/benchmarks/step_cost.py --rows lora-bf16 dora --steps 9 --out cost
 
 Everything is a ratio to the limit of the same run: the frozen base, forward and backward down to the embeddings. Time: each
 contender lives in a process of its own and they step in turn (A B C A B C ...), one at a time, so that whatever else the machine
