@@ -1,4 +1,4 @@
-"""Trains in two forked processes and checks what the parent gets back. Run by a test in a process of its own.
+"""Trains in two forked or spawned processes and checks what the parent gets back. Run by a test in a process of its own.
 
 A fork of the test process would inherit the locks of whatever threads earlier tests have left there.
 """
@@ -25,8 +25,8 @@ class RanksAgree(pl.Callback):
         assert same(*ranks)
 
 
-def main(folder: Path) -> None:
-    options = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": True}
+def main(folder: Path, strategy: str) -> None:
+    options = {"strategy": strategy, "devices": 2, "enable_checkpointing": True}
     with pytest.raises(
         Exception, match=r"Call callback\.apply\(module\) before trainer\.fit"
     ):  # torch's own, with the child's message
@@ -46,5 +46,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
     print("parent has the trained adapter")

@@ -331,8 +331,9 @@ def test_no_adapter_is_an_nn_linear() -> None:
 
 
 @pytest.mark.dist
-def test_parent_of_child_processes_gets_the_trained_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+def test_parent_of_child_processes_gets_the_trained_adapter(strategy: str, tmp_path: Path) -> None:
     """S8, and S5: ranks stay equal."""
-    command = [sys.executable, "-m", "tests.training.child_processes", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.training.child_processes", str(tmp_path), strategy]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
     assert "parent has the trained adapter" in result.stdout, result.stderr
