@@ -77,15 +77,20 @@ def has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, of which this process holds a piece; told without the import, which is slow."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a DTensor's whole, which every rank has to ask for (differentiable), and any other tensor as it is."""
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    full: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a tensor that every rank has, laid out like ``like``: a DTensor if that is one."""
-    if not hasattr(like, "full_tensor"):
+    if not is_dtensor(like):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -95,4 +100,4 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
 
 def in_pieces(tensors: Iterable[Tensor]) -> bool:
     """Return whether one of the tensors is a DTensor, or belongs to a unit of FSDP1."""
-    return any(hasattr(t, "full_tensor") or getattr(t, "_fsdp_flattened", False) for t in tensors)
+    return any(is_dtensor(t) or getattr(t, "_fsdp_flattened", False) for t in tensors)

@@ -30,7 +30,8 @@ from lightning_peft.errors import DependencyError, UnsupportedLayerError
 from lightning_peft.quantization import codes
 from lightning_peft.quantization.product import quantized_linear
 from lightning_peft.quantization.reference import unpack_4bit
-from lightning_peft.quantization.stored import CodedLinear, converted, is_sharded, moved
+from lightning_peft.quantization.stored import CodedLinear, converted, moved
+from lightning_peft.types import is_dtensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMAT = "weight_format"  # 8 bits: a constant that older files lack
@@ -154,7 +155,7 @@ def recode(layer: Any, tensors: Mapping[str, Tensor]) -> None:
 def hold_4bit(layer: Any, weight: Tensor, state: Any) -> None:
     """Let a ``Linear4bit`` hold codes and their ``QuantState``, in the parameter that it has if it can."""
     parameter = layer._parameters.get("weight")
-    if is_sharded(weight):
+    if is_dtensor(weight):
         pass  # FSDP2's own parameter; the layer remembers the state
     elif getattr(parameter, "quant_state", None) is not None and parameter.device == weight.device:
         parameter.data, parameter.quant_state = weight, state
@@ -175,7 +176,7 @@ def hold_4bit(layer: Any, weight: Tensor, state: Any) -> None:
 
 def hold_int8(layer: Any, weight: Tensor, scales: Tensor) -> None:
     """Let a ``Linear8bitLt`` hold codes and scales, where its first forward would put them and where loading looks for them."""
-    if is_sharded(weight):  # FSDP2's own parameter; the layer remembers the scales
+    if is_dtensor(weight):  # FSDP2's own parameter; the layer remembers the scales
         layer.state.CB, layer.state.SCB = None, scales
         return
     parameter = layer._parameters.get("weight")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import FormatError, UnsupportedLayerError
 from lightning_peft.quantization.config import Quantization
+from lightning_peft.types import is_dtensor
 
 Signature = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -81,17 +82,12 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, of which this process holds a piece."""
-    return hasattr(tensor, "full_tensor")
-
-
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the tensor where ``fn``, the argument of ``nn.Module._apply``, would put it, bit for bit.
 
     Conversions of dtype leave integers alone, so that ``fn`` is given bytes. A DTensor stays: FSDP2 has put it where it belongs.
     """
-    if is_sharded(tensor):
+    if is_dtensor(tensor):
         return tensor
     as_bytes = tensor.reshape(-1).view(torch.uint8)
     result = fn(as_bytes)

@@ -29,6 +29,7 @@ from lightning_peft.nn.chunked_loss import (
 from lightning_peft.training.namespace import is_a
 from lightning_peft.training.rng import restore_rng_state, rng_state
 from lightning_peft.training.tasks import Task
+from lightning_peft.types import in_pieces
 
 
 def identity(logits: Tensor) -> Tensor:
@@ -188,5 +189,4 @@ def _sharded(model: nn.Module) -> bool:
     """Return whether parameters are gathered by hooks around forward and backward, which a gradient taken in between would miss."""
     if any(is_a(m, "FullyShardedDataParallel", "FSDPModule") for m in model.modules()):
         return True
-    marks = ("_fsdp_flattened", "ds_id", "placements")  # FSDP1 around a parent, DeepSpeed ZeRO-3, DTensor
-    return any(hasattr(p, mark) for p in model.parameters() for mark in marks)
+    return in_pieces(model.parameters()) or any(hasattr(p, "ds_id") for p in model.parameters())  # FSDP around a parent; ZeRO-3
