@@ -24,7 +24,8 @@ class Loss(Metric):
 
     def update(self, total: Tensor, count: Tensor | int) -> None:
         """Add a batch: its summed cross-entropy, and its labelled positions."""
-        self.total += total.detach().to(self.total.dtype)
+        # Lightning's bf16-true converts the states of metrics too, and a sum in bf16 stands still after 256 batches.
+        self.total = self.total.double() + total.detach()
         self.count += count
 
     def compute(self) -> Tensor:

@@ -213,3 +213,13 @@ def test_two_ranks_equal_one_large_batch():
     trainer(strategy="ddp_fork", devices=2, accumulate_grad_batches=2).fit(second, loader(batches))
     for name, value in trained(first).items():
         assert (trained(second)[name] - value).abs().max() < 1e-12, name
+
+
+def test_validation_in_bf16_sums_in_double():
+    """Lightning's bf16-true converts the states of metrics too, and a sum in bf16 stands still after 256 equal batches."""
+    module, batches = _module(dtype=torch.bfloat16), _batches()
+    with torch.no_grad():
+        totals = [module._score(module.base, batch).evaluate()[0].double() for batch in batches]
+    labels = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    loss = trainer(precision="bf16-true").validate(module, loader(batches * 80), verbose=False)[0]["val_loss"]
+    assert loss == pytest.approx(float(sum(totals)) / labels, rel=1e-6)
