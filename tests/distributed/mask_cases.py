@@ -48,7 +48,8 @@ def fit(
     run.fit(model, cases.loader(kind), ckpt_path=start)
     run.save_checkpoint(folder / "end.ckpt")
     handle = lp.handles(model)["default"]
-    state = {} if kind == "fsdp2" else {k: v.clone() for k, v in handle.state_dict().items()}
+    # As lists: a tensor is sent as a handle on memory of a process that may have ended.
+    state = {} if kind == "fsdp2" else {k: v.tolist() for k, v in handle.state_dict().items()}
     return {"state": state, "examples": model.examples}
 
 
