@@ -28,8 +28,10 @@ from lightning_peft.strategies import BitFit as BitFit
 from lightning_peft.strategies import Compacter as Compacter
 from lightning_peft.strategies import CompacterPlusPlus as CompacterPlusPlus
 from lightning_peft.strategies import Compose as Compose
+from lightning_peft.strategies import DiffPruning as DiffPruning
 from lightning_peft.strategies import DoRA as DoRA
 from lightning_peft.strategies import DyLoRA as DyLoRA
+from lightning_peft.strategies import FISHMask as FISHMask
 from lightning_peft.strategies import Full as Full
 from lightning_peft.strategies import Head as Head
 from lightning_peft.strategies import HoulsbyAdapter as HoulsbyAdapter
@@ -41,6 +43,7 @@ from lightning_peft.strategies import LoKr as LoKr
 from lightning_peft.strategies import LoRA as LoRA
 from lightning_peft.strategies import LoRAFA as LoRAFA
 from lightning_peft.strategies import LoRAPlus as LoRAPlus
+from lightning_peft.strategies import MagnitudeMask as MagnitudeMask
 from lightning_peft.strategies import MethodInfo as MethodInfo
 from lightning_peft.strategies import MoRA as MoRA
 from lightning_peft.strategies import ParallelAdapter as ParallelAdapter
@@ -52,11 +55,13 @@ from lightning_peft.strategies import PTuning as PTuning
 from lightning_peft.strategies import PTuningV2 as PTuningV2
 from lightning_peft.strategies import QDoRA as QDoRA
 from lightning_peft.strategies import QLoRA as QLoRA
+from lightning_peft.strategies import RandomMask as RandomMask
 from lightning_peft.strategies import ReLoRA as ReLoRA
 from lightning_peft.strategies import ReMoRA as ReMoRA
 from lightning_peft.strategies import TokenRows as TokenRows
 from lightning_peft.strategies import VeRA as VeRA
 from lightning_peft.strategies import VisualPromptTuning as VisualPromptTuning
+from lightning_peft.strategies import calibrate as calibrate
 from lightning_peft.strategies import get_method as get_method
 from lightning_peft.strategies import inject as inject
 from lightning_peft.strategies import list_methods as list_methods

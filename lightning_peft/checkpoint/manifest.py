@@ -82,6 +82,8 @@ def manifest_of(
         CompatibilityError: A tensor has no values yet (meta device).
     """
     handle._forbid_merged("saving")  # its effect would be in a full checkpoint twice
+    if not handle.calibrated:
+        raise ConflictError(f"adapter '{handle.name}' waits for its calibration; there is nothing to save yet.")
     keys = live_keys(handle).keys()  # every tensor is reachable, and has a key of its own
     tensors = handle.state_dict() if state is None else state
     if tensors.keys() != keys:

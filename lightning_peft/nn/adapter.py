@@ -102,6 +102,15 @@ class BaseLayer(Protocol):
             dropout: As in :meth:`low_rank`.
         """
 
+    def entries(self, x: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+        """Return ``(W + ΔW) x + b``, the layer with a few entries of its weight changed.
+
+        Args:
+            x: Input of the layer.
+            positions: (n,), in the flattened W (out, in); none twice unless its value is 0.
+            values: (n,), those of ΔW.
+        """
+
 
 @dataclass(frozen=True)
 class BuildContext:

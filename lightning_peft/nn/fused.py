@@ -49,10 +49,10 @@ class Operand:
         if torch.compiler.is_compiling() or self.weight.requires_grad or type(x) not in _PLAIN:
             return False
         if self.unpack is not None:
-            return self.dtype == _product_dtype(x)
+            return self.dtype == product_dtype(x)
         if type(self.weight) not in _PLAIN:
             return False
-        return self.dtype == x.dtype or (_product_dtype(x) != x.dtype and self.dtype != torch.float64)
+        return self.dtype == x.dtype or (product_dtype(x) != x.dtype and self.dtype != torch.float64)
 
 
 def low_rank_linear(
@@ -81,7 +81,7 @@ def low_rank_linear(
     Returns:
         (..., out), in the dtype that the layer alone would return.
     """
-    computed = x.to(_product_dtype(x))
+    computed = x.to(product_dtype(x))
     # Drawn from the CPU's generator, which no device has to be asked for; checkpointing restores it before it recomputes.
     seed = int(torch.randint(2**62, ())) if dropout else 0
     with torch.autocast(x.device.type, enabled=False):
@@ -91,7 +91,8 @@ def low_rank_linear(
     return y if operand.unpack is None else y.to(x.dtype)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer multiplies ``x``: that of autocast where it is on."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -15,6 +15,7 @@ from lightning_peft.strategies.additive import VisualPromptTuning as VisualPromp
 from lightning_peft.strategies.architectural import LadderSideTuning as LadderSideTuning
 from lightning_peft.strategies.baselines import Full as Full
 from lightning_peft.strategies.baselines import Head as Head
+from lightning_peft.strategies.calibration import calibrate as calibrate
 from lightning_peft.strategies.hybrid import Compose as Compose
 from lightning_peft.strategies.install import inject as inject
 from lightning_peft.strategies.registry import get_method as get_method
@@ -38,8 +39,12 @@ from lightning_peft.strategies.reparameterized import ReLoRA as ReLoRA
 from lightning_peft.strategies.reparameterized import ReMoRA as ReMoRA
 from lightning_peft.strategies.reparameterized import VeRA as VeRA
 from lightning_peft.strategies.selective import BitFit as BitFit
+from lightning_peft.strategies.selective import DiffPruning as DiffPruning
+from lightning_peft.strategies.selective import FISHMask as FISHMask
 from lightning_peft.strategies.selective import LayerSelection as LayerSelection
 from lightning_peft.strategies.selective import LNTuning as LNTuning
+from lightning_peft.strategies.selective import MagnitudeMask as MagnitudeMask
+from lightning_peft.strategies.selective import RandomMask as RandomMask
 from lightning_peft.strategies.selective import TokenRows as TokenRows
 from lightning_peft.strategies.strategy import MethodInfo as MethodInfo
 from lightning_peft.strategies.strategy import PEFTStrategy as PEFTStrategy

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from lightning_peft.errors import ConflictError
+from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError
 from lightning_peft.strategies.registry import resolve
-from lightning_peft.strategies.strategy import PEFTStrategy
+from lightning_peft.strategies.strategy import Calibration, PEFTStrategy
 from lightning_peft.surgery.anatomy import Family, anatomy_of
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.inject import apply_plan
 from lightning_peft.types import AdapterDtype, in_pieces
+
+LATER: Literal["later"] = "later"
 
 
 def reinstall(
@@ -53,6 +56,7 @@ def inject(
     *,
     adapter_dtype: AdapterDtype = "auto",
     anatomy: Family | Mapping[str, Any] | None = None,
+    calibration: Calibration | Literal["later"] | None = None,
 ) -> Handle:
     """Freeze ``model`` and install the adapters of ``strategy`` on it, in place.
 
@@ -65,12 +69,15 @@ def inject(
         name: Name of the adapter; several with different names live on one model.
         adapter_dtype: dtype of adapter parameters; ``auto`` is fp32 (float64 on a float64 base).
         anatomy: Roles of an architecture that the package does not know.
+        calibration: For methods that start from data what :func:`lightning_peft.calibrate` returned; ``later`` if it comes from there,
+            or from a file, before training. Until then the adapter changes nothing.
 
     Returns:
         The handle: trains, saves, disables, merges and removes the adapter.
 
     Raises:
-        ConfigError: The strategy or its hyperparameters are wrong.
+        ConfigError: The strategy or its hyperparameters are wrong, or a calibration is missing or not wanted.
+        CompatibilityError: The calibration is of another strategy or base.
         TargetError: Targets match nothing, or nothing that can be adapted.
         UnsupportedLayerError: A layer, or the way in which its weight is stored, is none for this method.
         PortError: The model lacks a port that the method needs.
@@ -82,6 +89,41 @@ def inject(
             f"{type(model).__name__} is sharded already (FSDP), and adapters have to be there before. Inject between building the model and "
             "sharding it."
         )
+    if resolved.from_data and calibration is None:
+        raise ConfigError(
+            f"{type(resolved).__name__} starts from training data. Pass calibration=lp.calibrate(model, strategy, batches, loss), or let "
+            "PEFTCallback take it from the train dataloader."
+        )
+    if not resolved.from_data and calibration is not None:
+        raise ConfigError(f"{type(resolved).__name__} starts from no data; leave calibration out.")
     described = anatomy_of(model, anatomy)
     resolved.check_base(described)
-    return apply_plan(model, resolved.plan(described), described, resolved, name=name, adapter_dtype=adapter_dtype)
+    handle = apply_plan(model, resolved.plan(described), described, resolved, name=name, adapter_dtype=adapter_dtype)
+    if calibration == LATER:
+        handle.calibrated = False
+    elif calibration is not None:
+        try:
+            start_from(handle, calibration)
+        except BaseException:
+            handle.remove()
+            raise
+    return handle
+
+
+def start_from(handle: Handle, calibration: Calibration) -> None:
+    """Copy a calibration into the adapter; all tensors are checked before the first is written.
+
+    Raises:
+        CompatibilityError: It is of another strategy or another base.
+    """
+    slots = {slot.key: slot for slot in handle.slots}
+    for key, value in calibration.items():
+        if key not in slots or slots[key].tensor().shape != value.shape:
+            raise CompatibilityError(
+                f"the calibration holds '{key}' {tuple(value.shape)}, for which {type(handle.strategy).__name__} has no place on this base. "
+                "Calibrate with this strategy: lp.calibrate(model, strategy, batches, loss)."
+            )
+    with torch.no_grad():
+        for key, value in calibration.items():
+            slots[key].tensor().copy_(value)
+    handle.calibrated = True

@@ -7,9 +7,11 @@ import fnmatch
 import functools
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, get_args
+
+from torch import Tensor
 
 from lightning_peft.errors import ConfigError, FormatError, TargetError, UnsupportedLayerError
 from lightning_peft.nn.adapter import LayerKindName
@@ -23,6 +25,7 @@ from lightning_peft.surgery.sites import Site
 from lightning_peft.surgery.targets import Targets
 from lightning_peft.types import Family, FrozenDict, freeze, thaw
 
+Calibration: TypeAlias = Mapping[str, Tensor]
 TargetsLike: TypeAlias = Targets | str | list[str] | None
 ALL_KINDS: frozenset[LayerKindName] = frozenset({"linear", "embedding", "conv", "norm", "tensor"})
 QUANTIZED: frozenset[Storage] = frozenset(get_args(Scheme))
@@ -49,7 +52,8 @@ class MethodInfo:
         storages: How the weights of the base may be stored where it trains. Without quantized ones it trains the stored weights
             themselves; without ``dense`` at least one of the layers that it adapts has to be quantized.
         base_quantization: Scheme in which the method wants its base, for ``quantization="auto"``.
-        default_roles: Roles that ``targets=None`` means; empty when the method takes no targets.
+        default_roles: Roles that ``targets=None`` means; empty when the method takes no targets, or needs no roles to know them.
+        from_data: It starts from statistics of the training data, see :meth:`PEFTStrategy.calibrate`.
         may_rest: Names of tensors that may stay where they are in the first steps.
         example: Small hyperparameters with which the contract suite tests the method.
     """
@@ -69,6 +73,7 @@ class MethodInfo:
     storages: frozenset[Storage] = ALL_STORAGES
     base_quantization: Scheme | None = None
     default_roles: tuple[str, ...] = ()
+    from_data: bool = False
     may_rest: tuple[str, ...] = ()
     example: Mapping[str, Any] = dataclasses.field(default_factory=FrozenDict)
     cls: type[PEFTStrategy] = dataclasses.field(init=False, repr=False, compare=False)
@@ -115,6 +120,25 @@ class PEFTStrategy(ABC):
     def base_quantization(self) -> Scheme | None:
         """Scheme in which the base should be stored, None for no wish; as :attr:`mergeable`."""
         return self.info.base_quantization
+
+    @property
+    def from_data(self) -> bool:
+        """It starts from statistics of the training data; as :attr:`mergeable`."""
+        return self.info.from_data
+
+    def calibrate(self, handle: Handle, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Calibration:
+        """Return what the adapter's own tensors start from, found in data; called by :func:`lightning_peft.calibrate`.
+
+        Args:
+            handle: The adapter, installed and switched off. The base is in eval mode, and given back as it was afterwards.
+            batches: Training data; no more of it is drawn than is needed.
+            loss: Runs the model on a batch, or an example of one, and returns a scalar.
+
+        Returns:
+            Owned tensors by slot key, equal on all ranks. They have their shapes from the plan already, so that an adapter file or a
+            checkpoint, which holds them, needs no data.
+        """
+        return {}
 
     def check_base(self, anatomy: Anatomy) -> None:
         """Check that a base is one from which the method can start. Not asked of a base on which a trained adapter is put.

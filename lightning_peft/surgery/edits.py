@@ -73,7 +73,7 @@ class SiteEdit(Edit):
         context = surgery.context(
             self.site.path,
             self.site.spec,
-            functools.partial(_loaded_weight, self.site, module),
+            functools.partial(loaded_weight, self.site, module),
             self.place,
             self.label,
             residual=functools.partial(self.site.residual, module),
@@ -81,7 +81,12 @@ class SiteEdit(Edit):
         return module, self.build(context)
 
 
-def _loaded_weight(site: Site, module: nn.Module) -> Tensor:
+def loaded_weight(site: Site, module: nn.Module) -> Tensor:
+    """Return the canonical weight of a site, detached.
+
+    Raises:
+        UnsupportedLayerError: It lies on the meta device.
+    """
     weight = site.weight(module)
     if weight.is_meta:
         raise UnsupportedLayerError(

@@ -64,6 +64,8 @@ class Handle:
         self.slots: list[Slot] = []
         self.entries: list[Entry] = []
         self.checked = False
+        # Whether what has to come from data is there; see PEFTStrategy.calibrate.
+        self.calibrated = True
         self._disabled = False
         self.shared: dict[str, nn.Module] = {}
         # Plain values that are saved with the adapter: its base's name, task and prompt. Nothing here reads them.
@@ -157,6 +159,7 @@ class Handle:
         with torch.no_grad():
             for key, slot in slots.items():
                 slot.tensor().copy_(placed(state[key], slot.tensor()))
+        self.calibrated = True
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_peft.errors import UnsupportedLayerError
 from lightning_peft.nn.adapter import LayerSpec
+from lightning_peft.nn.entries import changed_linear, scattered
 from lightning_peft.nn.fused import Operand, low_rank_linear
 from lightning_peft.quantization.preparation import loftq_factors
 from lightning_peft.surgery.layers import MODULE, TENSOR, LayerKind, Rows, TensorKind, dense, layer_kind, parameter
@@ -214,6 +215,12 @@ class LayerCall:
     def full_rank(self, x: Tensor, delta: Tensor, *, dropout: float = 0.0) -> Tensor:
         read = F.dropout(x, dropout) if dropout and x.is_floating_point() else x
         return self(x) + self.site.kind.project(self.module, read, delta)
+
+    def entries(self, x: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+        operand = self._operand()
+        if operand is not None and operand.fits(x):
+            return changed_linear(x, operand, positions, values, self._weight)
+        return self.full_rank(x, scattered(positions, values, self.spec.out_features, self.spec.in_features))
 
     def _operand(self) -> Operand | None:
         """Return the layer as an operand of a fused product, if nothing but its own forward would run."""

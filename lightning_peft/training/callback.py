@@ -23,7 +23,7 @@ from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.inject import NAME
 from lightning_peft.surgery.recompute import GradientCheckpointing
 from lightning_peft.surgery.stack import RESERVED, stack_of
-from lightning_peft.training import export, peak, restoring, table
+from lightning_peft.training import calibrating, export, peak, restoring, table
 from lightning_peft.training.adapted_root import other_keys, path_of
 from lightning_peft.training.bookmark import Bookmark
 from lightning_peft.training.installing import Installer
@@ -221,6 +221,7 @@ class PEFTCallback(Installer):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take note of where training starts, after everything is restored."""
         run = self.run
+        calibrating.require(self._handle(pl_module))
         run.fresh = None
         run.step = trainer.global_step
         run.scale = _scale(trainer)

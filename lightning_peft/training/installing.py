@@ -12,7 +12,7 @@ from lightning_peft.checkpoint import AdapterFile
 from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError
 from lightning_peft.loading.quantize import quantization_report, require_same
 from lightning_peft.quantization.options import QuantizeOptions
-from lightning_peft.strategies.install import inject
+from lightning_peft.strategies.install import LATER, inject
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy, anatomy_of
 from lightning_peft.surgery.handle import Handle
@@ -116,7 +116,9 @@ class Installer(pl.Callback):
         start = None if self.init_from is None else read_initial(self.init_from, self.name, strategy, root)
         asked = self._asked(root)
         self._quantize(asked, module, path, anatomy, strategy)
-        handle = inject(root, strategy, self.name, adapter_dtype=self.adapter_dtype, anatomy=self.anatomy)  # type: ignore[arg-type]
+        later = LATER if strategy.from_data else None  # from data, once it is clear that no checkpoint brings it
+        dtype, data = self.adapter_dtype, self.anatomy
+        handle = inject(root, strategy, self.name, adapter_dtype=dtype, anatomy=data, calibration=later)  # type: ignore[arg-type]
         handle.installer = self._id
         if asked is not None:
             handle.usage["quantization"] = asked.to_dict()

@@ -312,6 +312,11 @@ class PEFTLightningModule(pl.LightningModule):
         self.log("train_loss", total.detach() / max(len(scores.targets), 1), prog_bar=True, batch_size=1)
         return total / self._window.per_batch(self.trainer, batch, batch_idx)
 
+    def calibration_loss(self, batch: Any) -> Tensor:
+        """Return the mean loss over the labelled positions of a batch alone, for methods that start from data."""
+        scores: Scores = self._score(self.base, batch)
+        return scores.loss(self.label_smoothing) / max(len(scores.targets), 1)
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score a batch."""
         self._evaluate("val", batch)

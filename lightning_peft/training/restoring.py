@@ -64,6 +64,7 @@ def prepare(
         live = live_keys(handle, root)
         known |= set(live.values())
         _check_adapter(checkpoint, where, owner.name, handle, live, state, shapes)
+        handle.calibrated = True  # what came from data is among these tensors
         if "peft" in checkpoint:
             verdict = check_base(handle, manifests_of(checkpoint, where)[owner.name])
             if verdict is not None:

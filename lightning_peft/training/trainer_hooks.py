@@ -36,7 +36,7 @@ from lightning_peft.checkpoint import (
 from lightning_peft.checkpoint.durable import write_durably
 from lightning_peft.errors import ConfigError
 from lightning_peft.surgery.handle import Handle
-from lightning_peft.training import restoring, units
+from lightning_peft.training import calibrating, restoring, units
 from lightning_peft.training.adapted_root import other_keys, path_of
 from lightning_peft.training.bookmark import Bookmark
 from lightning_peft.training.namespace import is_a
@@ -289,7 +289,9 @@ class TrainerHooks:
         return module
 
     def setup_optimizers(self, original: Callable[[Any], None], trainer: Any) -> None:
-        """Let ``configure_optimizers`` run, then bring the adapters into what it made."""
+        """Let adapters that start from data find it, and ``configure_optimizers`` run; then bring the adapters into what it made."""
+        for _, handle in self.installed():
+            calibrating.calibrate(trainer, handle)
         original(trainer)
         for owner, _ in self.installed():
             owner.reach_optimizers(self.strategy)

@@ -59,7 +59,19 @@ class Case:
         """Return a fresh model with the strategy installed."""
         torch.manual_seed(11)
         model = self.fresh(dtype)
-        return model, lp.inject(model, self.strategy, name)
+        return model, self.install(model, name, dtype)
+
+    def install(self, model: nn.Module, name: str = "default", dtype: torch.dtype = torch.float32) -> lp.Handle:
+        """Install the strategy, calibrated on the backbone's input if it needs that."""
+        return install(model, self.strategy, self.backbone.batch(dtype), name)
+
+
+def install(model: nn.Module, strategy: lp.PEFTStrategy, batch: dict[str, Tensor], name: str = "default") -> lp.Handle:
+    """Install a strategy, calibrated on a batch if it needs that."""
+    if not strategy.from_data:
+        return lp.inject(model, strategy, name)
+    found = lp.calibrate(model, strategy, [batch], lambda piece: loss_of(model(**piece)))
+    return lp.inject(model, strategy, name, calibration=found)
 
 
 def stored(backbone: Backbone, config: Quantization, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -55,7 +55,7 @@ def test_keys_classes_and_objects_of_the_base_stay(case: Case) -> None:
     classes = {path: type(m) for path, m in model.named_modules()}
     values = {k: v.clone() for k, v in model.state_dict().items()}
     rng = torch.get_rng_state()
-    handle = lp.inject(model, case.strategy, "mine")
+    handle = case.install(model, "mine")
     assert torch.equal(torch.get_rng_state(), rng), "initialisation must not draw from the global generator"
     added = [k for k in model.state_dict() if k not in values]
     assert [k for k in model.state_dict() if k in values] == keys
@@ -118,7 +118,7 @@ def test_remove_restores_all(case: Case) -> None:
     model = case.fresh()
     next(model.parameters()).requires_grad_(False)  # a flag of the user's own comes back as well
     before, expected = snapshot(model), run(case.base(), case.backbone.batch())
-    handle = lp.inject(model, case.strategy)
+    handle = case.install(model)
     run(model, case.backbone.batch())
     perturb(handle)
     handle.remove()
@@ -137,7 +137,7 @@ def test_install_remove_install_gives_the_same(case: Case) -> None:
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point())  # codes cannot
     torch.manual_seed(11)
-    lp.inject(model, case.strategy)
+    case.install(model)
     assert torch.equal(run(model, case.backbone.batch()), expected)
 
 

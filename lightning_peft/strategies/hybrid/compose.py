@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.quantization.config import Scheme
 from lightning_peft.strategies.registry import register, resolve
 from lightning_peft.strategies.schedule import Schedule
-from lightning_peft.strategies.strategy import PEFTStrategy
+from lightning_peft.strategies.strategy import Calibration, PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import BuildShared, Edit, Plan
 from lightning_peft.surgery.handle import Handle, Slot
@@ -72,6 +73,17 @@ class Compose(PEFTStrategy):
     @property
     def base_quantization(self) -> Scheme | None:
         return next((part.base_quantization for part in self.strategies if part.base_quantization is not None), None)
+
+    @property
+    def from_data(self) -> bool:
+        return any(part.from_data for part in self.strategies)
+
+    def calibrate(self, handle: Handle, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Calibration:
+        found: dict[str, Tensor] = {}
+        for index, part in enumerate(self.strategies):
+            if part.from_data:
+                found |= part.calibrate(handle.part(str(index)), batches, loss)
+        return found
 
     def check_base(self, anatomy: Anatomy) -> None:
         for part in self.strategies:
