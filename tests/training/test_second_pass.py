@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import lightning_peft as lp
 from lightning_peft.errors import ConfigError
@@ -45,6 +46,10 @@ def rows(count: int = 8) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(4, 32, generator=generator), torch.randint(2, (4,), generator=generator)) for _ in range(count)]
 
 
+def data(count: int = 8) -> DataLoader[Any]:
+    return DataLoader(rows(count), batch_size=None)  # type: ignore[arg-type]
+
+
 class Classifier(Plain):
     """A project's own module."""
 
@@ -57,10 +62,10 @@ class Classifier(Plain):
         return F.cross_entropy(self(x), y)
 
     def val_dataloader(self) -> Any:
-        return rows(1)
+        return data(1)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
+        return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
 class Manual(Classifier):
@@ -87,7 +92,7 @@ def by_hand(every: int, weight: float = 0.5) -> dict[str, Tensor]:
     handle = lp.inject(net, MIX)
     schedule = handle.strategy.schedule(handle)
     schedule.on_start(8)
-    optimizer = torch.optim.SGD(handle.trainable_parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(handle.trainable_parameters(), lr=0.05)
     for i, (x, y) in enumerate(rows()):
         first = net(x)
         with in_pass(1):
@@ -116,7 +121,7 @@ def test_training_adds_the_consistency_of_two_passes(every: int, how: str, tmp_p
     torch.manual_seed(11)
     module: Any = Manual(every) if how == "manual" else Classifier()
     accumulate = every if how == "automatic" else 1
-    trainer(tmp_path, callback(MIX), accumulate_grad_batches=accumulate).fit(module, rows())
+    trainer(tmp_path, callback(MIX), accumulate_grad_batches=accumulate).fit(module, data())
     expected = by_hand(every)
     if how == "manual" and every == 2:
         # What is added to a loss that a module has divided by itself is not divided with it.
@@ -127,22 +132,20 @@ def test_training_adds_the_consistency_of_two_passes(every: int, how: str, tmp_p
 
 def test_without_consistency_there_is_one_pass(tmp_path: Path) -> None:
     module, calls = Classifier(), []
-    module.net.register_forward_hook(lambda *args: calls.append(1))
-    trainer(tmp_path, callback(lp.AdaMix(part=MIX.inner, consistency=0.0, outputs="."))).fit(module, rows())
-    assert len(calls) == 8
-    trainer(tmp_path, callback(MIX, name="second")).fit(Classifier(), rows())
+    module.net.register_forward_hook(lambda net, *args: calls.append(net.training))
+    trainer(tmp_path, callback(lp.AdaMix(part=MIX.inner, consistency=0.0, outputs="."))).fit(module, data())
+    assert sum(calls) == 8
 
 
 def test_evaluation_runs_the_averages_once(tmp_path: Path) -> None:
     module, peft, calls = Classifier(), callback(MIX), []
-    trainer(tmp_path, peft).fit(module, rows())
+    trainer(tmp_path, peft).fit(module, data())
     module.net.register_forward_hook(lambda *args: calls.append(1))
-    data = rows(2)
-    (result,) = trainer(tmp_path, peft).validate(module, data, verbose=False)
+    (result,) = trainer(tmp_path, peft).validate(module, data(2), verbose=False)
     assert len(calls) == 2
     plain = lp.Mixture.deploy(lp.handles(module)["default"])
     with torch.no_grad():
-        expected = torch.stack([F.cross_entropy(module.net(x), y) for x, y in data]).mean()
+        expected = torch.stack([F.cross_entropy(module.net(x), y) for x, y in rows(2)]).mean()
     assert result["val_loss"] == pytest.approx(float(expected), rel=1e-6)
     assert isinstance(plain.strategy, lp.LoRA)
 
@@ -214,9 +217,9 @@ def test_logits_are_where_the_user_says(outputs: str | None, output: Any) -> Non
 TEXT = lp.Mixture(part=lp.LoRA(rank=2), sharing_up=False, consistency=0.5)
 
 
-def fitted(data: list[dict[str, Tensor]], **options: Any) -> dict[str, Tensor]:
+def fitted(given: list[dict[str, Tensor]], **options: Any) -> dict[str, Tensor]:
     module = _module(strategy=TEXT)
-    quiet_trainer(max_steps=1, **options).fit(module, fixed_loader(data))
+    quiet_trainer(max_steps=1, **options).fit(module, fixed_loader(given))
     return module.handle.state_dict()
 
 
@@ -273,13 +276,13 @@ def test_a_root_that_does_not_run_is_an_error(tmp_path: Path) -> None:
 
     for module in (Calls(), CallsByHand(1)):
         with pytest.raises(ConfigError, match="did not run in the training_step"):
-            trainer(tmp_path, callback(MIX)).fit(module, rows())
+            trainer(tmp_path, callback(MIX)).fit(module, data())
         assert not module.net._forward_hooks
 
 
 def test_an_output_without_logits_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"outputs='\.'"):
-        trainer(tmp_path, callback(lp.AdaMix(part=MIX.inner))).fit(Classifier(), rows())
+        trainer(tmp_path, callback(lp.AdaMix(part=MIX.inner))).fit(Classifier(), data())
 
 
 def test_reentrant_checkpointing_on_several_ranks_is_refused() -> None:
