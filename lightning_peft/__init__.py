@@ -21,9 +21,11 @@ from lightning_peft.loading.saved import save_quantized as save_quantized
 from lightning_peft.quantization.config import Quantization as Quantization
 from lightning_peft.strategies import HRA as HRA
 from lightning_peft.strategies import IA3 as IA3
+from lightning_peft.strategies import MAM as MAM
 from lightning_peft.strategies import OFT as OFT
 from lightning_peft.strategies import SSF as SSF
 from lightning_peft.strategies import AdaLoRA as AdaLoRA
+from lightning_peft.strategies import AdaMix as AdaMix
 from lightning_peft.strategies import BitFit as BitFit
 from lightning_peft.strategies import Compacter as Compacter
 from lightning_peft.strategies import CompacterPlusPlus as CompacterPlusPlus
@@ -33,6 +35,7 @@ from lightning_peft.strategies import DoRA as DoRA
 from lightning_peft.strategies import DyLoRA as DyLoRA
 from lightning_peft.strategies import FISHMask as FISHMask
 from lightning_peft.strategies import Full as Full
+from lightning_peft.strategies import Gated as Gated
 from lightning_peft.strategies import Head as Head
 from lightning_peft.strategies import HoulsbyAdapter as HoulsbyAdapter
 from lightning_peft.strategies import LadderSideTuning as LadderSideTuning
@@ -45,6 +48,7 @@ from lightning_peft.strategies import LoRAFA as LoRAFA
 from lightning_peft.strategies import LoRAPlus as LoRAPlus
 from lightning_peft.strategies import MagnitudeMask as MagnitudeMask
 from lightning_peft.strategies import MethodInfo as MethodInfo
+from lightning_peft.strategies import Mixture as Mixture
 from lightning_peft.strategies import MoRA as MoRA
 from lightning_peft.strategies import ParallelAdapter as ParallelAdapter
 from lightning_peft.strategies import PEFTStrategy as PEFTStrategy
@@ -59,6 +63,7 @@ from lightning_peft.strategies import RandomMask as RandomMask
 from lightning_peft.strategies import ReLoRA as ReLoRA
 from lightning_peft.strategies import ReMoRA as ReMoRA
 from lightning_peft.strategies import TokenRows as TokenRows
+from lightning_peft.strategies import UniPELT as UniPELT
 from lightning_peft.strategies import VeRA as VeRA
 from lightning_peft.strategies import VisualPromptTuning as VisualPromptTuning
 from lightning_peft.strategies import calibrate as calibrate

@@ -74,6 +74,10 @@ class BaseLayer(Protocol):
     def weight(self) -> Tensor:
         """Return the canonical base weight ``(*batch, out, in)``, detached."""
 
+    @property
+    def pass_number(self) -> int | None:
+        """Which pass over the batch runs, from 0; None in a recomputation that is not known."""
+
     def along_channels(self, values: Tensor) -> Tensor:
         """Return ``values`` (out,) in a shape that broadcasts over the layer's output."""
 
@@ -149,12 +153,25 @@ class AdapterModule(nn.Module, ABC):
     """Base of all adapters. Parameters are raw ``nn.Parameter``s: precision plug-ins convert every ``nn.Linear`` they find."""
 
     # The forward depends on the values of the base weight, so no other adapter may lie between the two.
-    reads_base_weight: ClassVar[bool] = False
+    reads_base_weight: bool = False
+    # The branch reads the layer's output, not its input: adapters in series.
+    reads_output: bool = False
+    # Names of the parameters of the two maps of which the branch is made, the one that reads and the one that writes; empty for any
+    # other form.
+    projections: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def __init__(self, context: BuildContext) -> None:
         super().__init__()
         self.spec = context.spec
         self.seed = context.seed
+
+    @property
+    def channels_read(self) -> int:
+        """Channels of what the branch reads."""
+        spec = self.spec
+        if self.reads_output or spec.kind in ("embedding", "norm"):
+            return spec.out_features
+        return spec.in_features * spec.groups // spec.kernel
 
     def generator(self) -> torch.Generator:
         """Return a fresh CPU generator of this adapter's own seed; the global random state is never touched."""

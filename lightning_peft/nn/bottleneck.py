@@ -35,6 +35,9 @@ class BottleneckAdapter(AdapterModule):
         inside: Width of what Ad reads; None means d, the width of what it gives.
     """
 
+    reads_output = True
+    projections = (("down", "down_bias"), ("up", "up_bias"))
+
     def __init__(
         self, context: BuildContext, *, width: int, activation: Activation, init: BottleneckInit, inside: int | None = None
     ) -> None:
@@ -89,11 +92,17 @@ class ParallelBottleneck(BottleneckAdapter):
         scaling: c.
     """
 
+    reads_output = False
+
     def __init__(
         self, context: BuildContext, *, width: int, activation: Activation, init: BottleneckInit, inside: int, scaling: float
     ) -> None:
         super().__init__(context, width=width, activation=activation, init=init, inside=inside)
-        self.scaling = scaling
+        self.scaling, self.inside = scaling, inside
+
+    @property
+    def channels_read(self) -> int:
+        return self.inside
 
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
         """(..., inside) -> (..., d)."""

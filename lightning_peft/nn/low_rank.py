@@ -35,6 +35,7 @@ class LowRankAdapter(DeltaModule):
             on a dense base, on which an adapter that was trained elsewhere is loaded.
     """
 
+    projections = (("lora_A",), ("lora_B",))
     initial_A: Tensor
     initial_B: Tensor
 

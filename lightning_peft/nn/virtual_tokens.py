@@ -214,7 +214,7 @@ class ProjectedPrefix(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return (keys, values), each (p, kv_heads x head_dim)."""
-        both = F.linear(self.trunk(), self.weight, self.bias)  # (p, 2 x width)
+        both = F.linear(self.trunk().to(self.weight.dtype), self.weight, self.bias)  # (p, 2 x width)
         both = F.dropout(both, self.dropout, self.training) if self.dropout else both
         key, value = both.chunk(2, dim=-1)
         return key, value

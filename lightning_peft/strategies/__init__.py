@@ -16,7 +16,12 @@ from lightning_peft.strategies.architectural import LadderSideTuning as LadderSi
 from lightning_peft.strategies.baselines import Full as Full
 from lightning_peft.strategies.baselines import Head as Head
 from lightning_peft.strategies.calibration import calibrate as calibrate
+from lightning_peft.strategies.hybrid import MAM as MAM
+from lightning_peft.strategies.hybrid import AdaMix as AdaMix
 from lightning_peft.strategies.hybrid import Compose as Compose
+from lightning_peft.strategies.hybrid import Gated as Gated
+from lightning_peft.strategies.hybrid import Mixture as Mixture
+from lightning_peft.strategies.hybrid import UniPELT as UniPELT
 from lightning_peft.strategies.install import inject as inject
 from lightning_peft.strategies.registry import get_method as get_method
 from lightning_peft.strategies.registry import list_methods as list_methods

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, optim
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """A method's wish to see every training batch twice.
+
+    Args:
+        loss: Given the logits of the first and of the second pass, (rows, classes) each, returns a mean over rows to add to the loss.
+        outputs: Where the logits are in what the adapted root returns: the name of an attribute or key, a position in a tuple, or
+            ``.`` for all of it; None: its ``logits``.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    outputs: str | None = None
 
 
 class Schedule:
@@ -23,6 +39,13 @@ class Schedule:
 
     def penalty(self) -> Tensor | None:
         """Return a scalar to add to the loss, or None."""
+        return None
+
+    def second_pass(self) -> SecondPass | None:
+        """Return how to compare two passes over a batch, or None if one is enough.
+
+        The second pass runs inside ``in_pass(1)`` (:mod:`lightning_peft.surgery.passes`) with the arguments of the first one.
+        """
         return None
 
     def before_step(self, optimizer: optim.Optimizer) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import UnsupportedLayerError
 from lightning_peft.nn.adapter import AdapterModule, BuildContext, MergeableModule
-from lightning_peft.surgery.anatomy import Port
+from lightning_peft.nn.gates import BuildGate, GatedAdapter
+from lightning_peft.surgery.anatomy import Anatomy, Port
 from lightning_peft.surgery.layers import DENSE, parameter, storage_of
 from lightning_peft.surgery.sites import Site
 from lightning_peft.surgery.stack import AttachEntry, CallAdapter, CallEntry, ReparametrizeEntry
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Build = Callable[[BuildContext], AdapterModule]
 BuildCall = Callable[[BuildContext], CallAdapter]
 BuildShared = Callable[[BuildContext], nn.Module]
+Wrap = Callable[..., AdapterModule]
+"""Given a context and, as ``build``, what builds the inner adapter, returns the outer one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,25 @@ class Edit(ABC):
     def labelled(self, label: str) -> Edit:
         """Return the edit as part ``label`` of a composition."""
         return replace(self, label=join(label, self.label))
+
+    def wrapped(self, wrap: Wrap) -> Edit:
+        """Return the edit with another adapter around the one that it would install.
+
+        Raises:
+            UnsupportedLayerError: It installs no adapter that sees a layer's input.
+        """
+        raise UnsupportedLayerError(
+            f"'{self.place[0] or 'the root'}': {type(self).__name__} installs no adapter beside the forward of a layer, so there is nothing "
+            "to gate or to mix. Compose it with the gated or mixed part, or exclude the layer."
+        )
+
+    def gated(self, gate: BuildGate, anatomy: Anatomy) -> Edit:
+        """Return the edit with a learned gain on what its adapter changes.
+
+        Raises:
+            UnsupportedLayerError: As :meth:`wrapped`.
+        """
+        return self.wrapped(functools.partial(GatedAdapter, gate=gate))
 
 
 def join(*names: str | None) -> str:
@@ -99,6 +121,9 @@ def loaded_weight(site: Site, module: nn.Module) -> Tensor:
 @dataclass(frozen=True)
 class Attach(SiteEdit):
     """An adapter joins the forward of the module at ``site.path``, which it calls itself."""
+
+    def wrapped(self, wrap: Wrap) -> Edit:
+        return replace(self, build=functools.partial(wrap, build=self.build))
 
     def apply(self, surgery: Surgery) -> None:
         module, adapter = self._build(surgery)
@@ -162,6 +187,9 @@ class Train(Edit):
     def place(self) -> tuple[str, str]:
         return self.path, f"={self.tensor}"
 
+    def wrapped(self, wrap: Wrap) -> Edit:
+        return self  # it is no adapter
+
     def check(self, surgery: Surgery) -> None:
         module = surgery.root.get_submodule(self.path)
         value, storage = parameter(module, self.tensor), storage_of(module)
@@ -191,3 +219,17 @@ class Plan:
 
     edits: tuple[Edit, ...]
     shared: Mapping[str, BuildShared] = field(default_factory=dict)
+
+    def changed(self, change: Callable[[Edit], Edit]) -> Plan:
+        """Return the plan with every adapter changed; parameters of the base train as they did.
+
+        Raises:
+            UnsupportedLayerError: There is no adapter to change.
+        """
+        edits = tuple(map(change, self.edits))
+        if all(new is old for new, old in zip(edits, self.edits, strict=True)):
+            raise UnsupportedLayerError(
+                "the strategy installs no adapters but trains parameters of the base in place, of which there is nothing to gate or to mix. Put "
+                "it beside the gated or mixed one: Compose(parts=[...])."
+            )
+        return replace(self, edits=edits)

@@ -18,8 +18,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +29,13 @@ from torch.nn import functional as F
 
 from lightning_peft.errors import PortError
 from lightning_peft.nn.adapter import BuildContext
-from lightning_peft.surgery.edits import Tap
+from lightning_peft.nn.gates import BuildGate, Gate
+from lightning_peft.surgery.anatomy import Anatomy
+from lightning_peft.surgery.edits import BuildCall, Edit, Tap
 from lightning_peft.surgery.ports import AttentionPort
+from lightning_peft.surgery.sites import split_input
 from lightning_peft.surgery.stack import Call, CallAdapter, bypass_error, stack_of
+from lightning_peft.surgery.tree import is_within
 
 if TYPE_CHECKING:
     from lightning_peft.surgery.inject import Surgery
@@ -42,11 +47,36 @@ SUPPORTED = ("sdpa", "eager")
 BuildPrefix = Callable[[BuildContext, AttentionPort], nn.Module]
 
 
+class _Running(threading.local):
+    """Gains of the prefixes whose attention module runs in this thread: nothing that varies per call lies on a module."""
+
+    def __init__(self) -> None:
+        self.gains: dict[int, Tensor] = {}
+
+
+_RUNNING = _Running()
+
+
 @dataclass(frozen=True)
 class PrefixEdit(Tap):
     """A tap on an attention port that also sends the module's attention through :func:`prefix_attention`."""
 
     port: AttentionPort
+
+    def gated(self, gate: BuildGate, anatomy: Anatomy) -> Edit:
+        """Return the edit with a gain on keys and values; the gate reads what the attention module reads.
+
+        Raises:
+            PortError: How wide that is is not known.
+        """
+        roles = (sites for role, sites in anatomy.roles.items() if role.endswith("attention.query"))
+        width = next((s.spec.in_features for sites in roles for s in sites if is_within(s.path, self.port.path)), None)
+        if width is None:
+            raise PortError(
+                f"'{self.port.path}' has no layer that is known as its attention.query, so the width of what a gate would read is not "
+                "known. Take the prefix without a gate, or describe the model (anatomy=)."
+            )
+        return replace(self, build=functools.partial(_build_gated, build=self.build, gate=functools.partial(gate, width=width)))
 
     def check(self, surgery: Surgery) -> None:
         """Raise :class:`PortError` unless the module uses an attention function that can take a prefix."""
@@ -88,6 +118,13 @@ def _build(context: BuildContext, *, port: AttentionPort, build: BuildPrefix) ->
     return PrefixTap(build(context, port), port.path)
 
 
+def _build_gated(context: BuildContext, *, build: BuildCall, gate: BuildGate) -> CallAdapter:
+    tap = build(context)
+    assert isinstance(tap, PrefixTap)
+    tap.gate = gate(context)
+    return tap
+
+
 class PrefixTap(CallAdapter):
     """Holds the prefix of one attention module; :func:`prefix_attention` reads it inside the module's forward.
 
@@ -96,9 +133,11 @@ class PrefixTap(CallAdapter):
         path: Path of the attention module.
     """
 
+    gate: Gate | None  # gives the gain of keys and values from what the attention module reads; None is 1
+
     def __init__(self, tokens: nn.Module, path: str) -> None:
         super().__init__()
-        self.tokens, self.path = tokens, path
+        self.tokens, self.path, self.gate = tokens, path, None
         self.reached = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -107,6 +146,8 @@ class PrefixTap(CallAdapter):
 
     def reset_parameters(self) -> None:
         self.tokens.reset_parameters()  # type: ignore[operator]
+        if self.gate is not None:
+            self.gate.reset_parameters()
 
     def forward(self, base: Call, *args: Any, **kwargs: Any) -> Any:
         """Run the attention module.
@@ -114,10 +155,21 @@ class PrefixTap(CallAdapter):
         Raises:
             AdapterBypassedError: The module ran without calling its attention function, so the prefix had no effect.
         """
+        if self.gate is not None:
+            hidden, _ = split_input(self, args, kwargs)
+            _RUNNING.gains[id(self)] = self.gate(hidden)[..., None]  # (B, 1, 1, 1), as keys and values are
         out = base(*args, **kwargs)
         if not self.reached:
             raise bypass_error("prefix", [self.path])
         return out
+
+    def prefix(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the prefix, (B, kv_heads, p, d_h) like ``key`` and ``value``, for the call that runs."""
+        prefix_key, prefix_value = (_as_heads(t, like) for t, like in zip(self.tokens(), (key, value), strict=True))
+        gain = _RUNNING.gains.pop(id(self), None)
+        if gain is None:
+            return prefix_key, prefix_value
+        return prefix_key * gain.to(key.dtype), prefix_value * gain.to(value.dtype)
 
 
 def register_attention() -> None:
@@ -157,7 +209,7 @@ def prefix_attention(
         )
     for tap in taps:
         tap.reached = True
-        prefix_key, prefix_value = (_as_heads(t, like) for t, like in zip(tap.tokens(), (key, value), strict=True))
+        prefix_key, prefix_value = tap.prefix(key, value)
         count, bias = prefix_key.shape[2], kwargs.get("position_bias")
         if attention_mask is None and name == "sdpa" and query.shape[2] > 1 and _is_causal(module, kwargs):
             # Without a mask sdpa would build the causal one itself: aligned at the upper left, so that later keys (the free rest

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.errors import ConfigError, ConflictError, TargetError, did_you_mean
 from lightning_peft.surgery.anatomy import Anatomy
+from lightning_peft.surgery.passes import captured
 from lightning_peft.surgery.stack import AdaptedForward, Call, stack_of
 from lightning_peft.surgery.targets import Matcher
 from lightning_peft.surgery.tree import is_within
@@ -128,6 +129,8 @@ class Recompute:
             args, kwargs = self._without_cache(module, args, kwargs)
         if not self.active:
             return call(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            call = captured(call)  # a second pass over the batch may run before this one is recomputed
         if self.option.reentrant:
             return _reentrant(module, call, args, kwargs)
         return _non_reentrant(call, args, kwargs, offload=self.option.offload)

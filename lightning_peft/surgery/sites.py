@@ -18,6 +18,7 @@ from lightning_peft.nn.entries import changed_linear, scattered
 from lightning_peft.nn.fused import Operand, low_rank_linear
 from lightning_peft.quantization.preparation import loftq_factors
 from lightning_peft.surgery.layers import MODULE, TENSOR, LayerKind, Rows, TensorKind, dense, layer_kind, parameter
+from lightning_peft.surgery.passes import pass_number
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,18 @@ class LayerCall:
         self._full_input: Tensor | None = None
         self._tail: tuple[Any, ...] | None = None
         self._weight: Tensor | None = None  # once per call: a quantized weight is unpacked for it
+        self._last: tuple[Tensor, Tensor] | None = None  # input and output of the last run: gates ask twice
 
     def __call__(self, x: Tensor, /) -> Tensor:
+        if not self._has_run(x):
+            self._last = (x, self._run(x))
+        assert self._last is not None
+        return self._last[1]
+
+    def _has_run(self, x: Tensor) -> bool:
+        return self._last is not None and self._last[0] is x
+
+    def _run(self, x: Tensor) -> Tensor:
         args, kwargs = self._arguments(x)
         out = self._inner(*args, **kwargs)
         if type(out) is tuple and out and isinstance(out[0], Tensor):
@@ -187,6 +198,10 @@ class LayerCall:
         self._full, self._full_input = out, x
         return self.site.rows.take(out, self.site.kind.channel_dim)
 
+    @property
+    def pass_number(self) -> int | None:
+        return pass_number()
+
     def weight(self) -> Tensor:
         if self._weight is None:
             self._weight = self.site.weight(self.module)
@@ -200,7 +215,7 @@ class LayerCall:
     ) -> Tensor:
         dropout = dropout if x.is_floating_point() else 0.0
         operand = self._operand()
-        if operand is not None and operand.fits(x) and not (dropout and gain is not None):
+        if operand is not None and operand.fits(x) and not (dropout and gain is not None) and not self._has_run(x):
             return low_rank_linear(x, operand, A, B, scaling=scaling, dropout=dropout, gain=gain, unpacked=self._weight)
         kind = self.site.kind
         read = F.dropout(x, dropout) if dropout else x

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from lightning_peft.errors import PortError
-from lightning_peft.surgery.edits import Attach, Build, Edit
+from lightning_peft.surgery.edits import Attach, Build, Edit, Wrap
 from lightning_peft.surgery.sites import LayerCall, Site, split_input
 from lightning_peft.surgery.stack import AttachEntry, Call, CallAdapter, CallEntry
 
@@ -58,6 +58,9 @@ class NoteEdit(Edit):
     @property
     def place(self) -> tuple[str, str]:
         return self.first.path, self.label
+
+    def wrapped(self, wrap: Wrap) -> Edit:
+        return self  # what is noted is the input, whatever the adapter on the last layer makes of it
 
     def apply(self, surgery: Surgery) -> None:
         module, adapter = self.first.module(surgery.root), NoteTap(_pair(surgery, self.last, self.label))

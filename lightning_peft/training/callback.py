@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -29,6 +29,7 @@ from lightning_peft.training.bookmark import Bookmark
 from lightning_peft.training.installing import Installer
 from lightning_peft.training.namespace import is_a
 from lightning_peft.training.run_state import Run
+from lightning_peft.training.second_pass import Repeater
 from lightning_peft.training.sentinel import GradientSentinel
 from lightning_peft.training.shards import SHARDED, Shards
 from lightning_peft.training.trainer_hooks import TrainerHooks, kept_keys
@@ -185,7 +186,7 @@ class PEFTCallback(Installer):
             start, run.pending_init = run.pending_init, None
             require_base(handle, start.manifest)  # on meta there were no values to compare
             self._start_from(start, pl_module, handle)
-        self._start_schedule(trainer, handle)
+        self._start_schedule(trainer, pl_module, handle)
         if self.verbose and trainer.is_global_zero:
             others = self._others(pl_module)
             shards = Shards(trainer.strategy.model or pl_module)
@@ -193,7 +194,7 @@ class PEFTCallback(Installer):
             table.show(table.render(handle, path_of(pl_module, handle.root) or "", others, counted, shards))
             run.peak = peak.watch(pl_module)
 
-    def _start_schedule(self, trainer: pl.Trainer, handle: Handle) -> None:
+    def _start_schedule(self, trainer: pl.Trainer, pl_module: pl.LightningModule, handle: Handle) -> None:
         run = self.run
         schedule = handle.strategy.schedule(handle)
         if type(schedule) is Schedule:
@@ -208,6 +209,11 @@ class PEFTCallback(Installer):
                 f"{type(handle.strategy).__name__} reads its parameters between steps, when FSDP1 has only slices of them. Use FSDP2 "
                 "(ModelParallelStrategy) or DDP."
             )
+        wish = schedule.second_pass()
+        if wish is not None:
+            run.repeater = Repeater(handle, wish, by_itself=is_a(pl_module, "PEFTLightningModule"))
+            run.repeater.check(trainer, self.gradient_checkpointing)
+            run.undo.append(run.repeater.close)
         schedule.on_start(int(total))
         if run.saved_schedule:  # empty in what a finder saves: it starts before this hook
             schedule.load_state_dict(run.saved_schedule)
@@ -238,6 +244,8 @@ class PEFTCallback(Installer):
         self.run.modes.hold()
         if self.run.peak is not None:
             self.run.peak.saw(batch)
+        if self.run.repeater is not None:
+            self.run.repeater.open()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that the run may continue from here."""
@@ -249,12 +257,13 @@ class PEFTCallback(Installer):
             self._bookmark.mark("validation")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Add the method's penalty to the loss."""
-        schedule = self.run.schedule
-        penalty = None if schedule is None else schedule.penalty()
-        if penalty is not None:
-            scale = _scale(trainer) or 1.0
-            loss.add_((penalty * (scale / trainer.accumulate_grad_batches)).to(loss.device, loss.dtype))
+        """Add to the loss the method's penalty, and what a second pass over the batch gave."""
+        schedule, repeater = self.run.schedule, self.run.repeater
+        found = None if schedule is None else schedule.penalty(), None if repeater is None else repeater.take(pl_module)
+        for term in found:
+            if term is not None:
+                scale = _scale(trainer) or 1.0
+                loss.add_((term * (scale / trainer.accumulate_grad_batches)).to(loss.device, loss.dtype))
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Gradients are whole and unscaled here, and not clipped yet."""
@@ -270,8 +279,22 @@ class PEFTCallback(Installer):
     ) -> None:
         """Check that the adapter runs and, after a step, let the schedule and the sentinel see it."""
         self._check_ran(pl_module)
+        if self.run.repeater is not None:
+            self.run.repeater.end(pl_module)
         self._bookmark.settle(idle=outputs is None)
         self.run.stepping = None
+
+    def second_pass(self, first: Callable[[], Tensor], again: Callable[[], Tensor]) -> Tensor | None:
+        """Return what the method adds to the loss from a second pass over the batch, a mean over rows; None without one.
+
+        For a ``training_step`` whose model's output is not what is scored; any other module has its second pass without a word.
+
+        Args:
+            first: Returns the logits of the first pass, (rows, classes).
+            again: Runs the model once more and returns those of the second one.
+        """
+        repeater = None if self._run is None else self._run.repeater
+        return None if repeater is None else repeater.run(first(), again)
 
     def finish_step(self, trainer: Any, *, idle: bool) -> bool:
         """Let the schedule and the sentinel see an optimizer step, once; return False where that was interrupted before.

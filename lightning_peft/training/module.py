@@ -310,6 +310,9 @@ class PEFTLightningModule(pl.LightningModule):
         scores: Scores = self._score(self.base, batch)
         total = scores.loss(self.label_smoothing)
         self.log("train_loss", total.detach() / max(len(scores.targets), 1), prog_bar=True, batch_size=1)
+        term = self.peft.second_pass(scores.logits, lambda: self._score(self.base, batch).logits())
+        if term is not None:  # a mean over positions
+            total = total + term * len(scores.targets)
         return total / self._window.per_batch(self.trainer, batch, batch_idx)
 
     def calibration_loss(self, batch: Any) -> Tensor:

@@ -8,6 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.strategies.hybrid.compose import Compose
+from lightning_peft.strategies.hybrid.gated import Gated
+from lightning_peft.strategies.hybrid.mixture import AdaMix, Mixture
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.handle import handles
 from lightning_peft.training.shards import Shards
@@ -17,10 +19,12 @@ FAR = 10.0
 
 
 def suggestion(strategy: PEFTStrategy) -> tuple[float, float]:
-    """Return learning rate and weight decay that a method suggests for AdamW; of a composition the most careful ones."""
+    """Return learning rate and weight decay that a method suggests for AdamW; of a composition the most careful ones, of a combinator its part's."""
     if isinstance(strategy, Compose):
         rates, decays = zip(*map(suggestion, strategy.strategies), strict=True)
         return min(rates), max(decays)
+    if isinstance(strategy, Gated | Mixture) and not isinstance(strategy, AdaMix):
+        return suggestion(strategy.inner)
     return strategy.info.lr, strategy.info.weight_decay
 
 

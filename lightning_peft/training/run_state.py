@@ -14,6 +14,7 @@ from lightning_peft.surgery.handle import Handle
 from lightning_peft.training.bookmark import Bookmark
 from lightning_peft.training.modes import BaseModes
 from lightning_peft.training.peak import PeakMemory
+from lightning_peft.training.second_pass import Repeater
 from lightning_peft.training.sentinel import GradientSentinel
 
 
@@ -35,6 +36,7 @@ class Run:
     finishing: bool = False  # within what belongs to a step after it
     pending_init: AdapterFile | None = None
     peak: PeakMemory | None = None
+    repeater: Repeater | None = None  # where the method runs each batch twice
     fresh: Handle | None = None  # installed by this run, which has not trained it yet
 
     def schedule_state(self) -> dict[str, Any]:

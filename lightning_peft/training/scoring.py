@@ -53,6 +53,10 @@ class Scores:
     classes: int
     head: Head = identity
 
+    def logits(self) -> Tensor:
+        """Return the logits of all positions (n, classes), with gradient."""
+        return self.head(self.hidden)
+
     def loss(self, label_smoothing: float = 0.0) -> Tensor:
         """Return the summed cross-entropy, a scalar of fp32 or better."""
         parameters = head_parameters(self.head, self.hidden) if torch.is_grad_enabled() else ()

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.nn.adapter import AdapterModule
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.training.namespace import is_a
 from lightning_peft.types import in_pieces, placed, strip_wrappers, whole
@@ -162,6 +163,11 @@ def agree(handle: Handle) -> None:
     """Give every rank the adapter of rank zero, while it is whole: FSDP does not, and without a seed each has drawn its own."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return
+    seeded = [entry.adapter for entry in handle.entries if isinstance(entry.adapter, AdapterModule)]
+    seeds: list[int] = [adapter.seed for adapter in seeded]  # from which schedules draw
+    distributed.broadcast_object_list(seeds)
+    for adapter, seed in zip(seeded, seeds, strict=True):
+        adapter.seed = seed
     own = [slot.tensor() for slot in handle.slots if not slot.claimed]
     if in_pieces(own) or any(tensor.is_meta for tensor in own):
         return

@@ -18,6 +18,7 @@ import lightning_peft as lp
 from lightning_peft.errors import ConfigError, PEFTError, PortError, TargetError, UnsupportedLayerError
 from lightning_peft.loading.quantize import quantize
 from lightning_peft.quantization.config import Quantization
+from lightning_peft.strategies.hybrid.compose import Composition
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.layers import DENSE, LayerKind, layer_kind, storage_of
 from lightning_peft.types import stable_seed
@@ -91,7 +92,9 @@ def _stored(name: str, config: Quantization, dtype: torch.dtype) -> nn.Module:
 
 
 def members(strategy: lp.PEFTStrategy) -> tuple[lp.PEFTStrategy, ...]:
-    """Return the strategies of which a combinator is made, found in its fields."""
+    """Return the strategies of which a combinator is made, found in its fields, or those that a system stands for."""
+    if isinstance(strategy, Composition):
+        return strategy.strategies
     found: list[lp.PEFTStrategy] = []
     for field in dataclasses.fields(strategy):
         value = getattr(strategy, field.name)
@@ -128,6 +131,11 @@ def targeted(strategy: lp.PEFTStrategy, anatomy: Anatomy) -> lp.PEFTStrategy | N
             if None in parts:
                 return None
             changes[field.name] = tuple(parts)
+        elif isinstance(value, lp.PEFTStrategy):
+            part = value if obstacle(value, anatomy) is None else targeted(value, anatomy)
+            if part is None:
+                return None
+            changes[field.name] = part
     info = strategy.info
     if info.default_roles:
         # Rank-1 weights (norms) take other hyperparameters; they have tests of their own.

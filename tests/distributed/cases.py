@@ -39,6 +39,7 @@ METHODS: dict[str, Any] = {
     "BitFit": lp.BitFit(),
     "Full": lp.Full(),
 }
+RANDOM: dict[str, Any] = {"AdaMix": lp.AdaMix(part=lp.LoRA(rank=2, **ALL_LINEAR), sharing_up=False)}
 MERGES = {"LoRA", "QLoRA", "DoRA", "AdaLoRA", "VeRA"}
 
 
@@ -84,7 +85,7 @@ def module(method: str, *, dropout: float = 0.0, **options: Any) -> lp.PEFTLight
     # A large eps: Adam would make whole steps of gradients that are rounding errors. VeRA's own are small.
     optimizer = functools.partial(torch.optim.AdamW, eps=1e-3 if method == "VeRA" else 1e-2)
     options = {"lr": 0.01, "lr_scheduler": None, "optimizer": optimizer, "callback": {"verbose": False}, **options}
-    return lp.PEFTLightningModule(METHODS[method], base(dropout), **options)
+    return lp.PEFTLightningModule({**METHODS, **RANDOM}[method], base(dropout), **options)
 
 
 def strategy(kind: str, *, pieces: bool = False) -> Any:
@@ -264,6 +265,39 @@ def start_unseeded(kind: str, folder: Path) -> list[Any]:
     before = slot.tensor().detach().clone()
     trainer(kind, folder, Look(), max_steps=1).fit(model, loader(kind))
     return [before.tolist(), found[0].tolist()]
+
+
+class Draws(pl.Callback):
+    """Notes what every step draws."""
+
+    def __init__(self) -> None:
+        self.draws: list[list[int]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        for handle in lp.handles(module).values():
+            routing = [e.adapter.routing for e in handle.entries]
+            self.draws.append([i for clock, place in routing for i in clock.draw(4, place, 0)])
+
+
+def draws_unseeded(kind: str, folder: Path) -> dict[str, Any]:
+    """Return the seeds of all adapters, and what they draw, where each process has a seed of its own."""
+    torch.seed()
+    model, draws = module("AdaMix"), Draws()
+    trainer(kind, folder, draws, max_steps=4).fit(model, loader(kind))
+    return {"seeds": [e.adapter.seed for e in model.handle.entries], "draws": draws.draws}
+
+
+def fit_foreign_mixture(kind: str, folder: Path) -> list[float]:
+    """Train a project that only adds the callback; its rows all have as many labels. Return all trained numbers."""
+    pl.seed_everything(1, verbose=False)
+
+    class Even(Texts):
+        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+            return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+    model = Foreign(lp.PEFTCallback(RANDOM["AdaMix"], verbose=False), "lp.shard")
+    trainer(kind, folder, model.peft, max_steps=6).fit(model, loader(kind, Even()))
+    return [float(x) for tensor in lp.handles(model)["default"].state_dict().values() for x in tensor.flatten()]
 
 
 def fit_smollm2(kind: str, base: str, folder: Path) -> None:

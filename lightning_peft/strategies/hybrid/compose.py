@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,47 +12,28 @@ from torch import Tensor, optim
 from lightning_peft.errors import ConfigError
 from lightning_peft.quantization.config import Scheme
 from lightning_peft.strategies.registry import register, resolve
-from lightning_peft.strategies.schedule import Schedule
+from lightning_peft.strategies.schedule import Schedule, SecondPass
 from lightning_peft.strategies.strategy import Calibration, PEFTStrategy
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import BuildShared, Edit, Plan
 from lightning_peft.surgery.handle import Handle, Slot
 
 
-@register(
-    name="compose",
-    family="hybrid",
-    summary="Installs several strategies side by side as one adapter.",
-    paper="the combination used by MAM, arXiv 2110.04366, and UniPELT, arXiv 2110.07577",
-    mergeable=True,
-    example={"parts": [{"class_path": "LoRA", "init_args": {"rank": 2}}, {"class_path": "BitFit"}]},
-)
 @dataclass(frozen=True, kw_only=True)
-class Compose(PEFTStrategy):
+class Composition(PEFTStrategy):
     """Several strategies as one: planned together, saved in one file, disabled and removed together.
 
     On a layer that two parts adapt they nest in the order given.
-
-    Args:
-        parts: Two or more strategies, names or mappings.
     """
 
-    parts: tuple[PEFTStrategy | str | dict[str, Any], ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(resolve(part) for part in self.parts))
-        super().__post_init__()
-
     def validate(self) -> None:
-        if len(self.parts) < 2:
-            raise ConfigError(f"Compose: parts holds {len(self.parts)} strategies; two or more make a composition.")
         if self.targets is not None:
-            raise ConfigError("Compose: `targets` belongs to the parts.")
+            raise ConfigError(f"{type(self).__name__}: `targets` belongs to the parts. Compose these with targets of their own.")
 
     @property
+    @abstractmethod
     def strategies(self) -> tuple[PEFTStrategy, ...]:
-        """The resolved parts."""
-        return self.parts  # type: ignore[return-value]
+        """The parts, in install order."""
 
     @property
     def mergeable(self) -> bool:
@@ -109,6 +91,40 @@ class Compose(PEFTStrategy):
         return self.strategies[int(index)], replace(slot, label=rest)
 
 
+@register(
+    name="compose",
+    family="hybrid",
+    summary="Installs several strategies side by side as one adapter.",
+    paper="the combination used by MAM, arXiv 2110.04366, and UniPELT, arXiv 2110.07577",
+    mergeable=True,
+    example={"parts": [{"class_path": "LoRA", "init_args": {"rank": 2}}, {"class_path": "BitFit"}]},
+)
+@dataclass(frozen=True, kw_only=True)
+class Compose(Composition):
+    """Several strategies as one: planned together, saved in one file, disabled and removed together.
+
+    On a layer that two parts adapt they nest in the order given.
+
+    Args:
+        parts: Two or more strategies, names or mappings.
+    """
+
+    parts: tuple[PEFTStrategy | str | dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(resolve(part) for part in self.parts))
+        super().__post_init__()
+
+    def validate(self) -> None:
+        super().validate()
+        if len(self.parts) < 2:
+            raise ConfigError(f"Compose: parts holds {len(self.parts)} strategies; two or more make a composition.")
+
+    @property
+    def strategies(self) -> tuple[PEFTStrategy, ...]:
+        return self.parts  # type: ignore[return-value]
+
+
 class _Schedules(Schedule):
     """The schedules of all parts, in order."""
 
@@ -121,7 +137,16 @@ class _Schedules(Schedule):
 
     def penalty(self) -> Tensor | None:
         terms = [term for part in self.parts if (term := part.penalty()) is not None]
-        return sum(terms[1:], terms[0]) if terms else None
+        return sum_of(terms) if terms else None
+
+    def second_pass(self) -> SecondPass | None:
+        wishes = [wish for part in self.parts if (wish := part.second_pass()) is not None]
+        if len(wishes) < 2:
+            return wishes[0] if wishes else None
+        outputs = {wish.outputs for wish in wishes}
+        if len(outputs) > 1:
+            raise ConfigError(f"Compose: its parts read the logits from different outputs, {outputs}. Give them one.")
+        return SecondPass(lambda first, second: sum_of([wish.loss(first, second) for wish in wishes]), outputs.pop())
 
     def before_step(self, optimizer: optim.Optimizer) -> None:
         for part in self.parts:
@@ -137,3 +162,8 @@ class _Schedules(Schedule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, part in enumerate(self.parts):
             part.load_state_dict(state[str(i)])
+
+
+def sum_of(terms: list[Tensor]) -> Tensor:
+    """Return the sum of one or more tensors."""
+    return sum(terms[1:], terms[0])
