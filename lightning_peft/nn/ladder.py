@@ -260,7 +260,7 @@ def _prune_attention(side: SideAttention, parts: AttentionWeights, kept: Tensor)
     q, k, v, o = (m.unflatten(0, (-1, total // heads)) for m in (query, key, value, output.T))  # (heads, d_h, d)
     k, v = (m.repeat_interleave(share, 0) for m in (k, v))
     for place, pair in ((0, (q, k)), (2, (v, o))):
-        picks = sum(m.abs().sum(-1) for m in pair).topk(size, dim=1).indices.sort(1).values  # type: ignore[union-attr]
+        picks = torch.stack([m.abs().sum(-1) for m in pair]).sum(0).topk(size, dim=1).indices.sort(1).values
         first, second = (m.gather(1, picks[..., None].expand(-1, -1, m.shape[2])).flatten(0, 1)[:, kept] for m in pair)
         if place == 0:
             side.qkv_weight[: 2 * width].copy_(torch.cat([first, second]))

@@ -115,7 +115,7 @@ class SkipTap(CallAdapter):
 
     def __init__(self, half: Half, width: int | None) -> None:
         super().__init__()
-        self.half, self.width = half, width
+        self.belongs, self.width = half, width
         self.results: int | None = None  # length of the tuple that it returns, learnt from a whole call; None: a tensor
 
     def reset_parameters(self) -> None:
@@ -123,7 +123,7 @@ class SkipTap(CallAdapter):
 
     def forward(self, base: Call, *args: Any, **kwargs: Any) -> Any:
         """Run the module, or not."""
-        if _RUNNING.skipped != self.half:
+        if _RUNNING.skipped != self.belongs:
             out = base(*args, **kwargs)
             self.results = len(out) if isinstance(out, tuple) else None
             return out
