@@ -22,6 +22,7 @@ from lightning_peft.quantization.config import Quantization as Quantization
 from lightning_peft.strategies import HRA as HRA
 from lightning_peft.strategies import IA3 as IA3
 from lightning_peft.strategies import MAM as MAM
+from lightning_peft.strategies import MEFT as MEFT
 from lightning_peft.strategies import OFT as OFT
 from lightning_peft.strategies import SSF as SSF
 from lightning_peft.strategies import AdaLoRA as AdaLoRA

@@ -27,6 +27,7 @@ from lightning_peft.surgery.handle import Handle, handles
 from lightning_peft.surgery.inject import apply_plan
 from lightning_peft.surgery.recompute import GradientCheckpointing, checkpoint_blocks
 from lightning_peft.surgery.selection import select
+from lightning_peft.surgery.stack import CallAdapter
 from lightning_peft.surgery.walk import base_modules, base_parameters
 from lightning_peft.types import AdapterDtype
 
@@ -161,7 +162,8 @@ def plan_model(
     weights = sum(t.nbytes for t in (*base, *_base_buffers(copied.model)))
     parameters = sum(p.numel() for p in base) + quantized.entries - quantized.codes
     tracer.fake(copied.model)
-    blocks = {block: signature(block) for block in (described.tree[path] for path in outermost(described.blocks))}
+    whole = (block for block in (described.tree[path] for path in outermost(described.blocks)) if _traced_alone(block))
+    blocks = {block: signature(block) for block in whole}
     return Planned(
         copied.model, handle, described, tracer, blocks, autocast, language_head(copied.model), weights, parameters, quantized
     )
@@ -188,6 +190,10 @@ def _adapted(
         tracer.fake(model)
         with tracer, tracer.any_values():
             return install(anatomy_of(model, data))
+
+
+def _traced_alone(block: nn.Module) -> bool:
+    return all(module.traced_alone for module in block.modules() if isinstance(module, CallAdapter))
 
 
 def _base_buffers(model: nn.Module) -> list[Tensor]:

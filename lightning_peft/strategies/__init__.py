@@ -12,6 +12,7 @@ from lightning_peft.strategies.additive import PromptTuning as PromptTuning
 from lightning_peft.strategies.additive import PTuning as PTuning
 from lightning_peft.strategies.additive import PTuningV2 as PTuningV2
 from lightning_peft.strategies.additive import VisualPromptTuning as VisualPromptTuning
+from lightning_peft.strategies.architectural import MEFT as MEFT
 from lightning_peft.strategies.architectural import LadderSideTuning as LadderSideTuning
 from lightning_peft.strategies.baselines import Full as Full
 from lightning_peft.strategies.baselines import Head as Head

@@ -13,7 +13,8 @@ own switch is not used, because it
   recorded, and never under ``no_grad``.
 
 Random numbers and autocast are those of the first run. A KV cache is not filled while gradients are recorded: the second run would
-append to it again. A body that a side network runs under ``no_grad`` keeps nothing, so there nothing runs twice.
+append to it again. A body that a side network runs under ``no_grad`` keeps nothing, so there nothing runs twice; blocks that something
+else recomputes (:func:`recomputed_elsewhere`) are left to it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,10 +125,10 @@ class Recompute:
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block so that it can run again."""
         call: Call = self.inner or functools.partial(type(module).forward, module)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or module in _ELSEWHERE.blocks:
             return call(*args, **kwargs)
         if self.caches:
-            args, kwargs = self._without_cache(module, args, kwargs)
+            args, kwargs = without_cache(self, module, self.caches, args, kwargs)
         if not self.active:
             return call(*args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -135,33 +137,66 @@ class Recompute:
             return _reentrant(module, call, args, kwargs)
         return _non_reentrant(call, args, kwargs, offload=self.option.offload)
 
-    def _without_cache(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        positional, named = list(args), dict(kwargs)
-        for name, position in self.caches.items():
-            holder: Any = named if name in named else positional
-            key: Any = name if name in named else position
-            if holder is positional and position >= len(positional):
-                continue
-            if name == "use_cache":
-                holder[key] = False
-            elif holder[key] is not None:
-                if not torch.compiler.is_compiling():
-                    self._refuse_filled(module, holder[key])
-                holder[key] = None
-        return tuple(positional), named
 
-    def _refuse_filled(self, module: nn.Module, cache: Any) -> None:
-        """Raise unless the cache is one that the model has just made, for nobody to read."""
-        reused = hasattr(cache, "__dict__") and id(self) in vars(cache).get(_LEFT_EMPTY, ())
-        if reused or _filled(cache):
-            raise ConflictError(
-                f"{type(module).__name__}: a KV cache that {'should hold' if reused else 'holds'} earlier positions, under gradient "
-                "checkpointing and with gradients on. The block runs twice, so it cannot fill a cache. Pass the whole sequence, "
-                "generate under torch.no_grad(), or leave gradient checkpointing out."
-            )
-        vars(cache).setdefault(_LEFT_EMPTY, set()).add(id(self))
+def without_cache(
+    asker: object, module: nn.Module, caches: Mapping[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block that will run again, so that it fills no KV cache.
+
+    Args:
+        asker: Who asks, one for each block: the same cache a second time is one that should hold the first call's positions.
+        module: The block.
+        caches: Its :func:`cache_parameters`.
+        args: Its positional arguments.
+        kwargs: Its named arguments.
+
+    Raises:
+        ConflictError: The cache holds earlier positions, or should.
+    """
+    positional, named = list(args), dict(kwargs)
+    for name, position in caches.items():
+        holder: Any = named if name in named else positional
+        key: Any = name if name in named else position
+        if holder is positional and position >= len(positional):
+            continue
+        if name == "use_cache":
+            holder[key] = False
+        elif holder[key] is not None:
+            if not torch.compiler.is_compiling():
+                _refuse_filled(asker, module, holder[key])
+            holder[key] = None
+    return tuple(positional), named
+
+
+def _refuse_filled(asker: object, module: nn.Module, cache: Any) -> None:
+    """Raise unless the cache is one that the model has just made, for nobody to read."""
+    reused = hasattr(cache, "__dict__") and id(asker) in vars(cache).get(_LEFT_EMPTY, ())
+    if reused or _filled(cache):
+        raise ConflictError(
+            f"{type(module).__name__}: a KV cache that {'should hold' if reused else 'holds'} earlier positions, with gradients on, in a "
+            "block whose activations are recomputed. The block runs twice, so it cannot fill a cache. Pass the whole sequence, "
+            "generate under torch.no_grad(), or leave gradient checkpointing (or the reversible method) out."
+        )
+    vars(cache).setdefault(_LEFT_EMPTY, set()).add(id(asker))
+
+
+class _Elsewhere(threading.local):
+    """Blocks that something else recomputes in this thread, now."""
+
+    blocks: Collection[nn.Module] = ()
+
+
+_ELSEWHERE = _Elsewhere()
+
+
+@contextlib.contextmanager
+def recomputed_elsewhere(blocks: Collection[nn.Module]) -> Iterator[None]:
+    """Inside, these blocks are recomputed by the caller, and gradient checkpointing leaves them alone."""
+    before, _ELSEWHERE.blocks = _ELSEWHERE.blocks, blocks
+    try:
+        yield
+    finally:
+        _ELSEWHERE.blocks = before
 
 
 def _filled(cache: Any) -> bool:
@@ -274,7 +309,7 @@ def checkpoint_blocks(
         stack = path.rpartition(".")[0]
         active |= {path} if count[stack] % option.every == 0 else set()
         count[stack] += 1
-    caches = {path: _cache_parameters(anatomy.tree[path]) for path in dict.fromkeys((*chosen, *anatomy.blocks))}
+    caches = {path: cache_parameters(anatomy.tree[path]) for path in dict.fromkeys((*chosen, *anatomy.blocks))}
     empty = any(caches[path] for path in active)  # then in all blocks, lest a cache be filled in part
     made: list[tuple[nn.Module, RecomputedForward]] = []
     for path, names in caches.items():
@@ -303,7 +338,8 @@ def _named(anatomy: Anatomy, patterns: tuple[str, ...], prefix: str) -> tuple[st
     return tuple(sorted(outermost, key=anatomy.tree.order.__getitem__))
 
 
-def _cache_parameters(module: nn.Module) -> dict[str, int]:
+def cache_parameters(module: nn.Module) -> dict[str, int]:
+    """Return the names under which a block's forward may take a KV cache, or be asked for one -> their positions."""
     if getattr(module, "_can_checkpoint_with_cache", False):  # transformers' word for layers that only read a cache
         return {}
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]

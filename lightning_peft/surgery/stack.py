@@ -12,7 +12,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ Call = Callable[..., Any]
 
 class CallAdapter(nn.Module, ABC):
     """An adapter of a whole call instead of one tensor: soft prompts, side networks."""
+
+    traced_alone: ClassVar[bool] = True  # a block with it can run outside its body, as for the estimate of its cost
 
     @abstractmethod
     def forward(self, base: Call, *args: Any, **kwargs: Any) -> Any:

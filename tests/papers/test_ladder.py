@@ -12,10 +12,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft.errors import ConfigError, ConflictError, MergeError, PortError
-from lightning_peft.strategies import inject
+from lightning_peft.errors import ConfigError, ConflictError, MergeError, PortError, TargetError, UnsupportedLayerError
+from lightning_peft.nn.ladder import Attended, Rung
+from lightning_peft.strategies import LoRA, inject
 from lightning_peft.strategies.architectural import LadderSideTuning
+from lightning_peft.surgery.anatomy import anatomy_of
 from lightning_peft.surgery.handle import Handle, handles
+from lightning_peft.surgery.side_network import _pack, _unpack
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": 99, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.3}
@@ -158,6 +161,10 @@ def test_every_tensor_trains(name: str) -> None:
     assert moved == {k for k in before if ".peft." in f".{k}"}
 
 
+def rungs(outputs: list[Tensor]) -> list[Rung]:
+    return [Rung(y, y, None) for y in outputs]
+
+
 def test_gates_start_at_a_half_and_shut_the_backbone_out_at_one() -> None:
     model = llama()
     handle = inject(model, LadderSideTuning(**SMALL))
@@ -166,12 +173,12 @@ def test_gates_start_at_a_half_and_shut_the_backbone_out_at_one() -> None:
     stir(handle)
     with torch.no_grad():
         network.alpha.fill_(100.0)  # σ(α / 0.1) = 1
-    rungs = [torch.randn(2, 5, 32) for _ in range(3)]
-    x = torch.randn(2, 5, 32)
-    torch.testing.assert_close(network(x, rungs, [None] * 3, True), network(x, [r + 1 for r in rungs], [None] * 3, True))
+    outputs = [torch.randn(2, 5, 32) for _ in range(3)]
+    x, causal = torch.randn(2, 5, 32), Attended(causal=True)
+    torch.testing.assert_close(network(x, rungs(outputs), causal), network(x, rungs([y + 1 for y in outputs]), causal))
     with torch.no_grad():
         network.alpha.fill_(-100.0)
-    torch.testing.assert_close(network(x, rungs, [None] * 3, True), network(x + 1, rungs, [None] * 3, True))
+    torch.testing.assert_close(network(x, rungs(outputs), causal), network(x + 1, rungs(outputs), causal))
 
 
 def test_equations() -> None:
@@ -180,20 +187,20 @@ def test_equations() -> None:
     handle = inject(model, LadderSideTuning(reduction=4, heads=0, layers=[0, 2], output="replace"))
     stir(handle)
     net = handle.entries[0].adapter.network
-    x, rungs = torch.randn(1, 4, 32).double(), [torch.randn(1, 4, 32).double() for _ in range(2)]
+    x, outputs = torch.randn(1, 4, 32).double(), [torch.randn(1, 4, 32).double() for _ in range(2)]
     h = x @ net.down[0].T
     for i in range(2):
         mu = 1 / (1 + torch.exp(-net.alpha[i] / 0.1))
-        h = mu * h + (1 - mu) * (rungs[i] @ net.down[i + 1].T)
+        h = mu * h + (1 - mu) * (outputs[i] @ net.down[i + 1].T)
         b = net.blocks[i]
         n = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         inner = nn.functional.gelu((n * b.mlp_norm_weight + b.mlp_norm_bias) @ b.up_weight.T + b.up_bias)
         h = h + inner @ b.down_weight.T + b.down_bias
     n = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     expected = (n * net.norm_weight + net.norm_bias) @ net.up.T
-    torch.testing.assert_close(net(x, rungs, [None, None], True), expected, rtol=0, atol=1e-10)
-    # d = 32, w = 8, n = 2: D (n+1)wd, α n, blocks n(2w + 8w² + 5w), LN 2w, Up dw
-    assert handle.num_trainable() == 3 * 8 * 32 + 2 + 2 * (2 * 8 + 8 * 64 + 5 * 8) + 16 + 32 * 8
+    torch.testing.assert_close(net(x, rungs(outputs), Attended()), expected, rtol=0, atol=1e-10)
+    # d = 32, w = 8, d_ff = 200, m = 200 / 4, n = 2: D (n+1)wd, α n, blocks n(2w + 2wm + m + w), LN 2w, Up dw
+    assert handle.num_trainable() == 3 * 8 * 32 + 2 + 2 * (2 * 8 + 2 * 8 * 50 + 50 + 8) + 16 + 32 * 8
 
 
 def test_replace_feeds_the_head_with_the_ladder_alone() -> None:
@@ -349,12 +356,221 @@ def test_bad_values() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64)
     with pytest.raises(PortError, match="batch_first=True"):
         inject(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), LadderSideTuning(**SMALL, hidden=32))
-    t5 = hf.T5ForConditionalGeneration(hf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    clip = hf.CLIPModel(hf.CLIPConfig(text_config=sizes, vision_config={**sizes, "image_size": 16, "patch_size": 8}))
     with pytest.raises(PortError, match="one body"):
-        inject(t5, LadderSideTuning(**SMALL))
+        inject(clip, LadderSideTuning(**SMALL))
     model = llama()
     inject(model, LadderSideTuning(**SMALL), "first")
     keys = model.state_dict().keys()
     with pytest.raises(ConflictError, match="already run by"):
         inject(model, LadderSideTuning(**SMALL), "second")
     assert model.state_dict().keys() == keys
+
+
+# ---------------------------------------------------------------- encoder-decoder models
+
+
+def t5(**more: Any) -> nn.Module:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 200, "num_layers": 3, "num_heads": 4, "vocab_size": 99, "dropout_rate": 0.0}
+    return hf.T5ForConditionalGeneration(
+        hf.T5Config(**{**sizes, "decoder_start_token_id": 0, "initializer_factor": 0.3, **more})
+    ).eval()
+
+
+def bart(kind: str = "Bart") -> nn.Module:
+    both = {
+        f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in (("layers", 3), ("ffn_dim", 200), ("attention_heads", 4))
+    }
+    config = getattr(hf, f"{kind}Config")(
+        vocab_size=99, d_model=32, max_position_embeddings=64, dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, forced_eos_token_id=None, init_std=0.3, **both,
+    )  # fmt: skip
+    return getattr(hf, f"{kind}ForConditionalGeneration")(config).eval()
+
+
+def two_berts() -> nn.Module:
+    config = hf.EncoderDecoderConfig.from_encoder_decoder_configs(hf.BertConfig(**TEXT), hf.BertConfig(**TEXT))
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return hf.EncoderDecoderModel(config).eval()
+
+
+PAIRS: dict[str, Callable[[], nn.Module]] = {"t5": t5, "bart": bart, "mbart": lambda: bart("MBart"), "two_berts": two_berts}
+EACH_PAIR = pytest.mark.parametrize("name", PAIRS)
+
+
+def pairs() -> dict[str, Tensor]:
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    return {"input_ids": ids(), "attention_mask": mask, "decoder_input_ids": ids()[:, :5].flip(1)}
+
+
+@EACH_PAIR
+def test_life_cycle_of_encoder_and_decoder(name: str) -> None:
+    model = PAIRS[name]()
+    with torch.no_grad():
+        base = model(**pairs())
+        handle = inject(model, LadderSideTuning(**SMALL))
+        start = model(**pairs())
+        assert torch.equal(start.logits, base.logits)  # Up starts at zero
+        assert torch.equal(start.encoder_last_hidden_state, base.encoder_last_hidden_state)
+        stir(handle)
+        adapted = model(**pairs())
+        assert not torch.allclose(adapted.logits, base.logits)
+        assert torch.equal(
+            adapted.encoder_last_hidden_state, base.encoder_last_hidden_state
+        )  # the frozen decoder reads what it did
+        assert torch.equal(copy.deepcopy(model)(**pairs()).logits, adapted.logits)
+        with handle.disabled():
+            assert torch.equal(model(**pairs()).logits, base.logits)
+        handle.remove()
+        assert torch.equal(model(**pairs()).logits, base.logits)
+
+
+@EACH_PAIR
+def test_the_decoder_reads_the_encoders_side_network_and_trains_it(name: str) -> None:
+    model = PAIRS[name]()
+    handle = inject(model, LadderSideTuning(**SMALL))
+    stir(handle)
+    seen: list[bool] = []
+    anatomy = anatomy_of(model)
+    for path in anatomy.blocks:
+        model.get_submodule(path).register_forward_hook(
+            lambda m, a, out: seen.append((out if isinstance(out, Tensor) else out[0]).requires_grad)
+        )
+    model(**pairs()).logits.square().sum().backward()
+    assert seen == [False] * 6
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in handle.trainable_parameters())
+    assert {id(p) for p in model.parameters() if p.grad is not None} == {id(p) for p in handle.trainable_parameters()}
+    first, second = (e.adapter for e in handle.entries if hasattr(e.adapter, "network"))
+    assert first.network.up is None
+    assert first.network.blocks[0].cross is None
+    assert second.network.up is not None
+    assert second.network.blocks[0].cross is not None
+    before = model(**pairs()).logits
+    with torch.no_grad():
+        first.network.norm_bias.add_(1.0)  # only the encoder's side network changes
+    assert not torch.allclose(model(**pairs()).logits, before)
+
+
+@EACH_PAIR
+def test_padding_of_the_source_and_later_targets_are_not_read(name: str) -> None:
+    model = PAIRS[name]()
+    stir(inject(model, LadderSideTuning(**SMALL)))
+    batch = pairs()
+    full = model(**batch).logits
+    row = {"input_ids": ids()[1:, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    short = model(**row, decoder_input_ids=batch["decoder_input_ids"][1:]).logits
+    torch.testing.assert_close(full[1:], short, rtol=1e-4, atol=1e-4)
+    changed = batch["decoder_input_ids"].clone()
+    changed[:, 3] = 7
+    other = model(**{**batch, "decoder_input_ids": changed}).logits
+    torch.testing.assert_close(full[:, :3], other[:, :3], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(full[:, 3:], other[:, 3:])
+
+
+@EACH_PAIR
+def test_generation_of_encoder_and_decoder(name: str) -> None:
+    model = PAIRS[name]()
+    stir(inject(model, LadderSideTuning(**SMALL)))
+    batch = pairs()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": False}
+    start = model.config.decoder_start_token_id
+    greedy = torch.full((2, 1), start)
+    given = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        for _ in range(4):
+            greedy = torch.cat([greedy, model(**given, decoder_input_ids=greedy).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(model.generate(**given, **options), greedy)
+    assert model.generate(**given, **options, num_beams=3).shape[0] == 2  # the encoder's output is repeated for the beams
+    with pytest.raises(PortError, match="use_cache=False"):
+        model.generate(**given, **{**options, "use_cache": True})
+
+
+def test_what_is_handed_on_comes_back_for_every_length() -> None:
+    for d, width in ((32, 8), (32, 5), (16, 16), (576, 72)):
+        for length in (1, 2, 3, 7, 30, 31):
+            states, side = torch.randn(2, length, d), torch.randn(2, length, width)
+            found = _unpack(_pack(states, side), width)
+            assert torch.equal(found[0], states)
+            assert torch.equal(found[1], side)
+    with pytest.raises(PortError, match="encoder's output"):
+        _unpack(torch.randn(2, 1, 32), 8)
+    model = t5()
+    stir(inject(model, LadderSideTuning(**SMALL)))
+    plain = t5().get_encoder()(input_ids=ids())  # of a model without the adapter
+    with pytest.raises(PortError, match="encoder"):
+        model(encoder_outputs=plain, attention_mask=torch.ones_like(ids()), decoder_input_ids=ids())
+
+
+def test_without_attention_the_decoder_alone_has_a_side_network() -> None:
+    model = t5()
+    handle = inject(model, LadderSideTuning(reduction=4, heads=0))
+    stir(handle)
+    assert all(e.path.startswith("decoder") for e in handle.entries)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids(), **options), model.generate(ids(), use_cache=False, **options))
+
+
+# ---------------------------------------------------------------- sizes, start and memory
+
+
+def test_sizes_are_the_bases_over_the_reduction() -> None:
+    for make, heads in ((llama, 4), (bert, 4), (gpt2, 4), (t5, 4)):
+        handle = inject(make(), LadderSideTuning(reduction=4))
+        network = handle.entries[0].adapter.network
+        assert network.down.shape[1] == 8
+        assert network.blocks[0].up_weight.shape == (50, 8)
+        assert network.blocks[0].attention.heads == heads
+    network = inject(llama(), LadderSideTuning(reduction=4, expansion=2)).entries[0].adapter.network
+    assert network.blocks[0].up_weight.shape == (16, 8)
+
+
+def test_files_of_version_1_had_wider_mlps() -> None:
+    old = LadderSideTuning.upgrade({"reduction": 4, "heads": 2}, 1)
+    assert LadderSideTuning(**old) == LadderSideTuning(reduction=4, heads=2, expansion=4)
+
+
+@pytest.mark.parametrize("make", [llama, bert, gpt2, t5])
+def test_pruned_start_copies_the_largest_parts_of_the_base(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    anatomy = anatomy_of(model)
+    handle = inject(model, LadderSideTuning(reduction=4, init="pruned", output="replace"))
+    network = handle.entries[0].adapter.network
+    picks = network.down[0]
+    assert torch.equal(picks.sum(1), torch.ones(8))
+    assert picks.count_nonzero() == 8
+    kept = picks.argmax(1)
+    scope = "encoder." if make is t5 else ""
+    up, down, query = (anatomy.sites(f"{scope}{role}")[0] for role in ("mlp.up", "mlp.down", "attention.query"))
+    up, down, query = (site.weight(site.module(model)) for site in (up, down, query))
+    rows = (up.abs().sum(1) + down.abs().sum(0)).topk(50).indices.sort().values
+    assert torch.equal(network.blocks[0].up_weight, up[rows][:, kept])
+    assert torch.equal(network.blocks[0].down_weight, down[kept][:, rows])
+    for row in network.blocks[0].attention.qkv_weight[:8]:
+        assert any(torch.equal(row, base) for base in query[:, kept])
+    model(ids()) if make is not t5 else model(**pairs())
+
+
+def test_a_pruned_start_needs_weights_and_known_layers() -> None:
+    with torch.device("meta"):
+        model = llama()
+    with pytest.raises(UnsupportedLayerError, match="init='random'"):
+        inject(model, LadderSideTuning(**SMALL, init="pruned"))
+    with pytest.raises(TargetError, match="no single MLP"):
+        inject(llama(), LadderSideTuning(**SMALL, init="pruned", expansion=100))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_memory_beside_loras(name: str) -> None:
+    """What autograd keeps per block: a small part of what LoRA makes it keep."""
+    from tests.benchmarks.reversible_memory import saved_bytes
+
+    make, batch, _ = MODELS[name]
+
+    def of(strategy: Any) -> int:
+        model = make()
+        inject(model, strategy)
+        return saved_bytes(model.train(), {"input_ids": batch()[0]})
+
+    assert of(LadderSideTuning(reduction=8)) < 0.35 * of(LoRA(rank=4, targets="all-linear"))

@@ -28,6 +28,8 @@ STRATEGIES: dict[str, Any] = {
     "adalora": lp.AdaLoRA(initial_rank=4, target_rank=2, targets="all-linear", warmup=1, final=2, dropout=0.1),
     "prefix": lp.PrefixTuning(num_virtual_tokens=3),
     "vera": lp.VeRA(rank=4, targets="all-linear", dropout=0.1),
+    "meft": lp.MEFT(width=4),
+    "ladder": lp.LadderSideTuning(reduction=4, heads=2),
 }
 ROWS, BATCH = 10, 2  # five batches an epoch
 
