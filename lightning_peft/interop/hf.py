@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lightning_peft.errors import CompatibilityError, ConfigError, FormatError
 from lightning_peft.interop import lora, parts
 from lightning_peft.interop.as_lora import write_as_lora
 from lightning_peft.interop.files import PREFIX, HFFile, local_folder, push_folder, read_folder, write_folder
+from lightning_peft.interop.names import strings
 from lightning_peft.interop.registry import PROMPTS, format_for, format_of
 from lightning_peft.interop.table import Format, Parsed, Written
 from lightning_peft.strategies.hybrid.compose import Compose
@@ -175,26 +176,28 @@ def load_hf(
         parsed = replace(parsed, rest=rest)
     parsed = table.addressed(parsed, base)
     tables = parts.tables_in_lora(parsed, base) if table.peft_type == "LORA" else {}
-    left = {k: t for k, t in parsed.rest.items() if not table.takes(parsed, k) and not k.endswith(f".{parts.INSIDE}")}
-    modules = parts.read_modules(parsed, _without_base(left, parsed, base), base)
-    strategies: list[PEFTStrategy] = [table.strategy(parsed, base)]
+    modules = parts.read_modules(parsed, _without_base(_left(table, parsed), parsed, base), base)
+    main = table.strategy(parsed, base)
+    found: list[tuple[PEFTStrategy, Callable[[Handle], dict[str, Tensor]]]] = []
+    if modules is not None and getattr(main, "bias", "none") == "all":  # a bias of a whole module trains once
+        main, rest_of = replace(main, bias="none"), lora.biases_outside(base, modules.owners)
+        found.append((BitFit(targets=rest_of), lambda part: lora.read_biases(parsed, part)))
+    found.insert(0, (main, lambda part: table.state(parsed, part, base)))
     if tables:
-        strategies.append(parts.token_strategy({path: ids for path, (ids, _) in tables.items()}, base, file.where))
+        rows = parts.token_strategy({path: ids for path, (ids, _) in tables.items()}, base, file.where)
+        found.append((rows, lambda part: parts.token_state(part, tables, base, file.where)))
     if modules is not None:
-        strategies.append(modules.strategy(base))
-    strategy = strategies[0] if len(strategies) == 1 else Compose(parts=tuple(strategies))
+        parameters = modules.parameters
+        found.append((modules.strategy(base), lambda part: dict(parameters)))
+    strategy = found[0][0] if len(found) == 1 else Compose(parts=tuple(single for single, _ in found))
     handle = reinstall(base.root, strategy, name, adapter_dtype="auto", anatomy=anatomy, room=_room(table, file))
     try:
-        installed = [handle] if len(strategies) == 1 else [_with(handle, i, s) for i, s in enumerate(strategies)]
-        values = table.state(parsed, installed[0], base)
-        if tables:
-            values |= parts.token_state(installed[1], tables, base, file.where)
-        if modules is not None:
-            values |= modules.parameters
-        if any(slot.tensor().is_meta for slot in handle.slots):
-            raise CompatibilityError(
-                f"'{handle.slots[0].key}' lies on the meta device, which holds no values. Materialise the model first."
-            )
+        values: dict[str, Tensor] = {}
+        for i, (single, state) in enumerate(found):
+            values |= state(handle if len(found) == 1 else _with(handle, i, single))
+        meta = next((slot.key for slot in handle.slots if slot.tensor().is_meta), None)
+        if meta is not None:
+            raise CompatibilityError(f"'{meta}' lies on the meta device, which holds no values. Materialise the model first.")
         handle.load_state_dict(values)
     except BaseException:
         handle.remove()
@@ -348,7 +351,8 @@ def _add_others(
         tensors |= {f"{PREFIX}{path}.{parts.INSIDE}": rows for path, (_, rows) in tables.items()}
     for part in trained:
         claimed = {slot.key: slot.tensor().detach() for slot in part.slots}
-        config["bias"], values = lora.write_biases(claimed, main, {entry.path for entry in main.entries})
+        beside = [slot.key for other in others if other is not part for slot in other.slots if slot.claimed]
+        config["bias"], values = lora.write_biases(claimed, main, {entry.path for entry in main.entries}, beside)
         tensors |= values
 
 
@@ -398,6 +402,19 @@ def _base_for(model: nn.Module, layers: Mapping[str, Any], given: Family | Mappi
     return anatomy_of(model.get_submodule(fits[0] if fits else ""), given)
 
 
+def _left(table: Format, file: Parsed) -> dict[str, Tensor]:
+    """Return the tensors that are neither the method's nor token rows: those of whole modules, and copies of the base."""
+    names = strings(file.config.get("modules_to_save"), "modules_to_save", file.where)
+    left = {}
+    for key, tensor in file.rest.items():
+        own = table.takes(file, key) or key.endswith(f".{parts.INSIDE}")
+        # With bias="all" HF writes the biases of whole modules three times.
+        again = own and (".modules_to_save." in key or ".original_module." in key)
+        if not again and (not own or parts.saved_under(key, names) is not None):
+            left[key] = tensor
+    return left
+
+
 def _without_base(rest: Mapping[str, Tensor], file: Parsed, anatomy: Anatomy) -> dict[str, Tensor]:
     """Return the tensors that are no copies of base weights, which HF puts into files of adapted embeddings.
 
@@ -425,10 +442,10 @@ def _without_base(rest: Mapping[str, Tensor], file: Parsed, anatomy: Anatomy) ->
 
 
 def _room(table: Format, file: HFFile) -> int | None:
-    """Return how many numbers the tensors of the adapter may have: those of the file, but where what was cut is filled up again."""
+    """Return how many numbers the tensors of the adapter may have; what is missing in the file is told by name later."""
     if table.peft_type in ("ADALORA", "VERA"):  # bounded by the layers, and by the rank in the file
         return None
-    return sum(tensor.numel() for tensor in file.tensors.values())
+    return 2 * sum(tensor.numel() for tensor in file.tensors.values())
 
 
 def _usage(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import CompatibilityError, ConfigError, FormatError, UnsupportedLayerError
 from lightning_peft.interop.files import PREFIX
-from lightning_peft.interop.names import address, hf_values, our_values, strings, value_at
+from lightning_peft.interop.names import address, hf_values, our_targets, our_values, strings, value_at
 from lightning_peft.interop.table import (
     CONV,
     CONV1D,
@@ -57,6 +57,8 @@ from lightning_peft.surgery.builder import in_order
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.layers import TransposedTensorKind
 from lightning_peft.surgery.sites import Site
+from lightning_peft.surgery.targets import Targets
+from lightning_peft.surgery.tree import is_within
 from lightning_peft.surgery.walk import biases
 
 _BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}
@@ -138,7 +140,7 @@ class LoRAFormat(LayerFormat):
                 tensors[f"{PREFIX}{layer.path}.lora_magnitude_vector"] = _magnitude(layer.adapter.magnitude.detach(), layer)  # type: ignore[operator,arg-type]
         strategy = handle.strategy
         config = {"lora_dropout": strategy.dropout, "use_dora": isinstance(strategy, DoRA)}
-        config |= lora_config({p: (len(A), c) for p, (A, _, c) in branches.items()}, stabilized=strategy.rank_stabilized)
+        config |= lora_config({p: (A.shape[-2], c) for p, (A, _, c) in branches.items()}, stabilized=strategy.rank_stabilized)
         claimed = {slot.key: slot.tensor().detach() for slot in handle.slots if slot.claimed}
         bias, values = write_biases(claimed, handle, set(whole_layers))
         config |= {"bias": bias, "target_parameters": [layer.path for layer in stacks] or None}
@@ -207,7 +209,7 @@ def per_layer(file: Parsed, sites: list[Site]) -> tuple[dict[str, int], dict[str
             raise FormatError(f"{where}: {name}={value!r} is no mapping.")
         patterns.append(value)
     alpha = "lora_alpha" if "lora_alpha" in config or config["peft_type"] == "LORA" else "alpha"
-    r, a = config.get("r", 8), config.get(alpha, 8)
+    r, a = integer(config.get("r", 8), "r", where), number(config.get(alpha, 8), alpha, where)
     paths = [address(site) for site in sites]
     ranks = {path: integer(value_at(patterns[0], path, r, where), "rank_pattern", where) for path in paths}
     alphas = {path: number(value_at(patterns[1], path, a, where), "alpha_pattern", where) for path in paths}
@@ -306,13 +308,16 @@ def _check_stack(site: Site, module: nn.Module, adapter: nn.Module | None) -> No
 # ---------------------------------------------------------------------- biases
 
 
-def write_biases(claimed: Mapping[str, Tensor], handle: Handle, adapted: set[str]) -> tuple[str, dict[str, Tensor]]:
+def write_biases(
+    claimed: Mapping[str, Tensor], handle: Handle, adapted: set[str], beside: Iterable[str] = ()
+) -> tuple[str, dict[str, Tensor]]:
     """Return HF's ``bias`` and the tensors, for biases that train in place.
 
     Args:
         claimed: The trained biases by key.
         handle: The adapter.
         adapted: Paths of the modules with a LoRA.
+        beside: Keys of what trains in modules that are saved whole.
 
     Raises:
         ConfigError: They are neither all of the model's nor those of the adapted layers.
@@ -321,7 +326,7 @@ def write_biases(claimed: Mapping[str, Tensor], handle: Handle, adapted: set[str
         return "none", {}
     every = {f"{path}.{name}" for path, name in biases(handle.root)}
     own = {f"{path}.{name}" for path, name in biases(handle.root, adapted)}
-    mode = "all" if claimed.keys() == every else "lora_only" if claimed.keys() == own else None
+    mode = "all" if claimed.keys() | (every & set(beside)) == every else "lora_only" if claimed.keys() == own else None
     odd = next((key for key in claimed if not key.endswith(".bias")), None)
     if mode is None or odd is not None:
         raise ConfigError(
@@ -331,6 +336,12 @@ def write_biases(claimed: Mapping[str, Tensor], handle: Handle, adapted: set[str
     # HF wraps an adapted module, whose own bias is then called base_layer.bias.
     keys = {key: f"{path}.base_layer.bias" if (path := key.rpartition(".")[0]) in adapted else key for key in claimed}
     return mode, {f"{PREFIX}{keys[key]}": value for key, value in claimed.items()}
+
+
+def biases_outside(anatomy: Anatomy, modules: Collection[str]) -> Targets:
+    """Return targets that name the modules with a bias, but those within ``modules``."""
+    paths = dict.fromkeys(path for path, _ in biases(anatomy.root) if not any(is_within(path, m) for m in modules))
+    return our_targets(list(paths), anatomy, None)
 
 
 def read_biases(file: Parsed, part: Handle) -> dict[str, Tensor]:

@@ -294,6 +294,13 @@ class SavedModules:
         return LayerSelection(targets=targets)
 
 
+def saved_under(key: str, names: Sequence[str]) -> str | None:
+    """Return the path of the module in ``modules_to_save`` that a tensor belongs to: HF goes by the end of the name."""
+    path = key.rpartition(".")[0]
+    parents = [*(path[:i] for i, sign in enumerate(path) if sign == "."), path]
+    return next((p for p in parents if any(p.endswith(name) for name in names)), None)
+
+
 def read_modules(file: Parsed, rest: Mapping[str, Tensor], anatomy: Anatomy) -> SavedModules | None:
     """Return the modules that a file holds whole, None if there are none.
 
@@ -311,9 +318,7 @@ def read_modules(file: Parsed, rest: Mapping[str, Tensor], anatomy: Anatomy) -> 
     live = dict(anatomy.root.named_parameters())
     buffers = dict(anatomy.root.named_buffers())
     for key, value in rest.items():
-        path = key.rpartition(".")[0]
-        parents = ["", *(path[:i] for i, sign in enumerate(path) if sign == "."), path]
-        top = next((p for p in parents if p and any(p == n or p.endswith(n) for n in names)), None)
+        top = saved_under(key, names)
         if top is None:
             raise FormatError(
                 f"{file.where}: '{key}' belongs to no adapter tensor of {file.config['peft_type']} and to no modules_to_save."

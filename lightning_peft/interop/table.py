@@ -316,6 +316,7 @@ class LayerFormat(Format):
     def state(self, file: Parsed, part: Handle, anatomy: Anatomy) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for layer in layers_of(part):
+            self.check_layer(layer)
             given = dict(file.layers[layer.path])
             for row in self.rows:
                 if not row.of(layer):

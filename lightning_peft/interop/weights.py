@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.errors import CompatibilityError, ConfigError, FormatError
+from lightning_peft.errors import CompatibilityError, ConfigError, FormatError, UnsupportedLayerError
 from lightning_peft.interop.files import PREFIX
 from lightning_peft.interop.lora import per_layer
 from lightning_peft.interop.names import hf_values, our_values, strings
@@ -99,6 +99,14 @@ _LYCORIS_OWN = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern"})
 @dataclass(frozen=True, kw_only=True)
 class LycorisFormat(LayerFormat):
     """LOHA and LOKR."""
+
+    def check_layer(self, layer: Layer) -> None:
+        super().check_layer(layer)
+        if len(layer.weight_shape) == 3 and hasattr(layer.adapter, "lokr_w2"):
+            raise UnsupportedLayerError(
+                f"'{layer.path}' is a one-dimensional convolution, of which HF peft takes a wrong Kronecker product where the second factor "
+                "is whole. Take a smaller rank, or exclude it."
+            )
 
     def config(self, handle: Handle, found: list[Layer]) -> dict[str, Any]:
         ranks = {layer.path: layer.adapter.rank for layer in found}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.errors import CompatibilityError, ConfigError
+from lightning_peft.errors import CompatibilityError, ConfigError, UnsupportedLayerError
 from lightning_peft.interop import load_hf, save_hf
 from tests.backbones import BACKBONES, run
 from tests.interop.peers import (
@@ -173,9 +173,8 @@ def test_convolutions(config: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base, x = Nets().eval(), torch.randn(2, 3, 8)
     options: dict[str, Any] = {"use_dora": True} if dora else {}
-    theirs = peft.get_peft_model(
-        copy.deepcopy(base), getattr(peft, name)(r=2, target_modules=["c1", "c2", "out"], **options)
-    ).eval()
+    targets = ["c2", "out"] if name == "LoKrConfig" else ["c1", "c2", "out"]
+    theirs = peft.get_peft_model(copy.deepcopy(base), getattr(peft, name)(r=2, target_modules=targets, **options)).eval()
     shake(p for p in theirs.parameters() if p.requires_grad)
     theirs.save_pretrained(tmp_path / "theirs")
     expected = run(theirs, {"x": x})
@@ -188,6 +187,16 @@ def test_convolutions(config: str, tmp_path: Path) -> None:
     close(run(loaded, {"x": x}), expected)
 
 
+def test_a_wrong_product_of_hf_is_refused(tmp_path: Path) -> None:
+    import peft
+
+    theirs = peft.get_peft_model(Nets(), peft.LoKrConfig(r=2, target_modules=["c1"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedLayerError, match="wrong Kronecker product"):
+        load_hf(Nets(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_experts(name: str, tmp_path: Path) -> None:
     import peft
