@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def write_as_lora(handle: Handle, anatomy: Anatomy, rank: int | bool) -> tuple[W
     taps = [entry for entry in handle.entries if isinstance(entry, CallEntry)]
     found: dict[str, list[Layer]] = {}
     for layer in layers_of(handle):
-        LORA.check_layer(layer)
+        LORA.check_layer(replace(layer, site=replace(layer.site, rows=None)))
         found.setdefault(layer.path, []).append(layer)
     if taps or not found:
         raise MergeError(

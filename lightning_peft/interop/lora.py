@@ -1,4 +1,4 @@
-"""LORA and ADALORA of HF peft, with which most of the methods here are written; and MoRA, in its authors' fork of peft.
+"""LORA of HF peft, with which most of the methods here are written.
 
 ΔW = α/r · B A (α/√r with ``use_rslora``): Hu et al. 2021, arXiv 2106.09685. PiSSA and OLoRA are written as what they have learnt,
 ``c·(B A − B₀ A₀)``, of rank 2r: HF's own files of them hold for a base that HF has changed, and are refused. Parts of a fused
@@ -24,14 +24,12 @@ from lightning_peft.interop.table import (
     CONV1D,
     EMBEDDING,
     LINEAR,
-    Convert,
     Fields,
     Layer,
     LayerFormat,
     Parsed,
     Row,
     Written,
-    as_is,
     integer,
     kernel,
     layers_of,
@@ -42,13 +40,11 @@ from lightning_peft.interop.table import (
     words,
 )
 from lightning_peft.nn.low_rank import LowRankAdapter
-from lightning_peft.strategies.reparameterized.adalora import AdaLoRA
 from lightning_peft.strategies.reparameterized.dora import DoRA
 from lightning_peft.strategies.reparameterized.dylora import DyLoRA
 from lightning_peft.strategies.reparameterized.lora import LoRA
 from lightning_peft.strategies.reparameterized.lora_fa import LoRAFA
 from lightning_peft.strategies.reparameterized.lora_plus import LoRAPlus
-from lightning_peft.strategies.reparameterized.mora import MoRA
 from lightning_peft.strategies.reparameterized.qlora import QDoRA, QLoRA
 from lightning_peft.strategies.reparameterized.relora import ReLoRA
 from lightning_peft.strategies.strategy import PEFTStrategy
@@ -61,7 +57,7 @@ from lightning_peft.surgery.targets import Targets
 from lightning_peft.surgery.tree import is_within
 from lightning_peft.surgery.walk import biases
 
-_BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}
+BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}
 _NOT_HERE = "is a variant of LoRA that lightning_peft does not have; merge it with peft (merge_and_unload)"
 _MUTATES = (
     "the base was changed when this adapter was made, so it does not fit the plain one; save it with peft's "
@@ -90,11 +86,7 @@ LORA_FIELDS = Fields(
 )
 
 
-def _on(*kinds: str) -> frozenset[str]:
-    return frozenset(kinds)
-
-
-_TABLES = _on(LINEAR, CONV1D, CONV, "tensor")
+_TABLES = frozenset({LINEAR, CONV1D, CONV, "tensor"})
 
 
 def _read(A: Tensor, layer: Layer) -> Tensor:
@@ -137,7 +129,7 @@ class LoRAFormat(LayerFormat):
         stacks = [layer for layer in found if layer.site.spec.batch]
         for layer in found:
             if hasattr(layer.adapter, "magnitude"):
-                tensors[f"{PREFIX}{layer.path}.lora_magnitude_vector"] = _magnitude(layer.adapter.magnitude.detach(), layer)  # type: ignore[operator,arg-type]
+                tensors[f"{PREFIX}{layer.path}.lora_magnitude_vector"] = _magnitude(layer.adapter.magnitude.detach(), layer)  # type: ignore[operator]
         strategy = handle.strategy
         config = {"lora_dropout": strategy.dropout, "use_dora": isinstance(strategy, DoRA)}
         config |= lora_config({p: (A.shape[-2], c) for p, (A, _, c) in branches.items()}, stabilized=strategy.rank_stabilized)
@@ -170,9 +162,9 @@ class LoRAFormat(LayerFormat):
 
     def args(self, file: Parsed, sites: list[Site], anatomy: Anatomy) -> dict[str, Any]:
         config, where = file.config, file.where
-        _check_start(config, where)
+        check_start(config, where)
         ranks, alphas = per_layer(file, sites)
-        names = {there: ours for ours, there in _BIAS.items()}
+        names = {there: ours for ours, there in BIAS.items()}
         bias = config.get("bias", "none")
         if bias not in names:
             raise FormatError(f"{where}: bias={bias!r} is none of {', '.join(names)}.")
@@ -216,7 +208,7 @@ def per_layer(file: Parsed, sites: list[Site]) -> tuple[dict[str, int], dict[str
     return ranks, alphas
 
 
-def _check_start(config: Mapping[str, Any], where: str) -> None:
+def check_start(config: Mapping[str, Any], where: str) -> None:
     """Refuse files that hold for another base than the plain one."""
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
@@ -350,161 +342,16 @@ def read_biases(file: Parsed, part: Handle) -> dict[str, Tensor]:
     return {slot.key: given[slot.key] for slot in part.slots if slot.claimed and slot.key in given}
 
 
-# ---------------------------------------------------------------------- AdaLoRA
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaLoRAFormat(LayerFormat):
-    """ADALORA. Triplets that were switched off (E = 0) are cut out, and ``rank_pattern`` says which stay."""
-
-    def write(self, handle: Handle, anatomy: Anatomy) -> Written:
-        written = super().write(handle, anatomy)
-        kept = {layer.path: (layer.adapter.lora_E.detach() != 0).flatten() for layer in layers_of(handle)}  # type: ignore[operator,union-attr]
-        if all(not mask.any() for mask in kept.values()) or all(mask.all() for mask in kept.values()):
-            return written  # nothing is trained yet, or nothing cut
-        for path, mask in kept.items():
-            for name in ("lora_A", "lora_E"):
-                written.tensors[f"{PREFIX}{path}.{name}"] = written.tensors[f"{PREFIX}{path}.{name}"][mask]
-            written.tensors[f"{PREFIX}{path}.lora_B"] = written.tensors[f"{PREFIX}{path}.lora_B"][:, mask]
-        pattern = {f"{path}.lora_E": mask.tolist() for path, mask in kept.items()}
-        return Written(written.config | {"rank_pattern": pattern}, written.tensors)
-
-    def config(self, handle: Handle, found: list[Layer]) -> dict[str, Any]:
-        # The schedule is over: HF asks for one all the same.
-        return {"r": handle.strategy.initial_rank, "tinit": 0, "tfinal": 0, "total_step": 1, "rank_pattern": None}
-
-    def args(self, file: Parsed, sites: list[Site], anatomy: Anatomy) -> dict[str, Any]:
-        config, where = file.config, file.where
-        _check_start(config, where)
-        if config.get("use_dora") or config.get("use_rslora") or config.get("alpha_pattern"):
-            raise CompatibilityError(f"{where}: DoRA, rsLoRA and alpha_pattern mean nothing in ADALORA. Delete them.")
-        rank = integer(config.get("init_r", 12), "init_r", where)
-        alpha = config.get("lora_alpha", 8)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise FormatError(f"{where}: lora_alpha={alpha!r} is no number.")
-        target = integer(config.get("target_r", 8), "target_r", where)
-        return {"initial_rank": rank, "target_rank": min(target, rank), "alpha": float(alpha) if alpha > 0 else float(rank)}
-
-    def state(self, file: Parsed, part: Handle, anatomy: Anatomy) -> dict[str, Tensor]:
-        pattern = file.config.get("rank_pattern")
-        if pattern is None:
-            return super().state(file, part, anatomy)
-        rank, layers = part.strategy.initial_rank, {}
-        masks = {str(key).removesuffix(".default").removesuffix(".lora_E"): mask for key, mask in dict(pattern).items()}
-        for path, given in file.layers.items():
-            mask = masks.get(path)
-            if not isinstance(mask, list) or len(mask) != rank or not all(type(kept) is bool for kept in mask):
-                raise FormatError(
-                    f"{file.where}: rank_pattern says for '{path}' not of each of {rank} triplets whether it stays."
-                )
-            layers[path] = {
-                name: _spread(tensor, torch.tensor(mask), name == "lora_B", path, file) for name, tensor in given.items()
-            }
-        return super().state(Parsed(file.config, layers, file.rest, file.where), part, anatomy)
-
-
-def _spread(tensor: Tensor, mask: Tensor, columns: bool, path: str, file: Parsed) -> Tensor:
-    """Return a cut tensor with zeros where triplets were dropped."""
-    rows = tensor.mT if columns and tensor.dim() == 2 else tensor
-    if rows.dim() != 2 or rows.shape[0] != int(mask.sum()):
-        raise CompatibilityError(f"{file.where}: '{path}' has tensors for another number of ranks than rank_pattern says.")
-    full = rows.new_zeros(len(mask), rows.shape[1])
-    full[mask] = rows
-    return full.mT if columns else full
-
-
-# ---------------------------------------------------------------------- MoRA
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoRAFormat(LoRAFormat):
-    """LORA with ``use_mora``, in the fork of the authors of MoRA: both keys hold the one square matrix, the scaling is 1."""
-
-    def cls(self, config: Mapping[str, Any]) -> type[PEFTStrategy]:
-        return MoRA
-
-    def write(self, handle: Handle, anatomy: Anatomy) -> Written:
-        strategy: Any = handle.strategy
-        found = layers_of(handle)
-        for layer in found:
-            LayerFormat.check_layer(self, layer)
-        if strategy.rank_per_target:
-            raise ConfigError("MoRA: rank_per_target cannot be written; the fork's files have one rank for all layers.")
-        tensors = {}
-        for layer in found:
-            for name in ("lora_A.weight", "lora_B.weight"):
-                tensors[f"{PREFIX}{layer.path}.{name}"] = layer.adapter.mora_M.detach()  # type: ignore[union-attr,operator]
-        claimed = {slot.key: slot.tensor().detach() for slot in handle.slots if slot.claimed}
-        bias, values = write_biases(claimed, handle, {layer.path for layer in found})
-        config = {"use_mora": True, "mora_type": strategy.mora_type, "r": strategy.rank, "lora_alpha": whole(strategy.alpha)}
-        config |= {"lora_dropout": strategy.dropout, "bias": bias}
-        return Written(config | self.where(found, anatomy), tensors | values)
-
-    def args(self, file: Parsed, sites: list[Site], anatomy: Anatomy) -> dict[str, Any]:
-        config, where = file.config, file.where
-        if config.get("use_dora") or config.get("rank_pattern"):
-            raise CompatibilityError(f"{where}: use_mora together with DoRA or rank_pattern is no file of the fork.")
-        bias = {there: ours for ours, there in _BIAS.items()}.get(config.get("bias", "none"), "none")
-        rank, alpha = integer(config.get("r", 8), "r", where), number(config.get("lora_alpha", 8), "lora_alpha", where)
-        return {"rank": rank, "alpha": alpha, "bias": bias, "mora_type": config.get("mora_type", 1)}
-
-    def state(self, file: Parsed, part: Handle, anatomy: Anatomy) -> dict[str, Tensor]:
-        layers = {}
-        for path, given in file.layers.items():
-            both = dict(given)
-            second = both.pop("lora_B.weight", None)
-            if second is not None and "lora_A.weight" in both and not torch.equal(second, both["lora_A.weight"]):
-                raise FormatError(
-                    f"{file.where}: '{path}' has two different matrices, and MoRA has one. It is a LoRA, or damaged."
-                )
-            layers[path] = both
-        return super().state(Parsed(file.config, layers, file.rest, file.where), part, anatomy)
-
-
-def _row(ours: str, theirs: str, store: Convert = as_is, kinds: frozenset[str] | None = None) -> Row:
-    return Row(ours, theirs, store, kinds=kinds)
-
-
 LORA = LoRAFormat(
     peft_type="LORA",
     methods=(LoRA, QLoRA, DoRA, QDoRA, LoRAPlus, LoRAFA, ReLoRA, DyLoRA),
-    layers=_on(LINEAR, CONV1D, EMBEDDING, CONV),
+    layers=frozenset({LINEAR, CONV1D, EMBEDDING, CONV}),
     fields=LORA_FIELDS,
     rows=(
         Row("lora_A", "lora_A.weight", _read, kinds=_TABLES),
         Row("lora_B", "lora_B.weight", _write, load=_written, kinds=_TABLES),
-        _row("lora_A", "lora_embedding_A", kinds=_on(EMBEDDING)),
-        _row("lora_B", "lora_embedding_B", kinds=_on(EMBEDDING)),
-        _row("magnitude", "lora_magnitude_vector", _magnitude),
+        Row("lora_A", "lora_embedding_A", kinds=frozenset({EMBEDDING})),
+        Row("lora_B", "lora_embedding_B", kinds=frozenset({EMBEDDING})),
+        Row("magnitude", "lora_magnitude_vector", _magnitude),
     ),
-)
-
-MORA = MoRAFormat(
-    peft_type="LORA",
-    methods=(MoRA,),
-    layers=_on(LINEAR),
-    fields=LORA_FIELDS,
-    rows=(_row("mora_M", "lora_A.weight"), _row("mora_B", "lora_B.weight")),
-)
-
-ADALORA = AdaLoRAFormat(
-    peft_type="ADALORA",
-    methods=(AdaLoRA,),
-    layers=_on(LINEAR, CONV1D),
-    fields=Fields(
-        same={
-            "init_r": "initial_rank",
-            "target_r": "target_rank",
-            "lora_alpha": "alpha",
-            "lora_dropout": "dropout",
-            "deltaT": "interval",
-            "beta1": "beta1",
-            "beta2": "beta2",
-            "orth_reg_weight": "orthogonality",
-        },
-        only=LORA_FIELDS.only | {"bias": (("none",), "biases beside ADALORA are not read; train them with LoRA")},
-        free=LORA_FIELDS.free | {"r", "tinit", "tfinal", "total_step"},
-        own=LORA_FIELDS.own | {"use_rslora"},
-    ),
-    rows=(_row("lora_A", "lora_A"), _row("lora_B", "lora_B"), _row("lora_E", "lora_E")),
 )

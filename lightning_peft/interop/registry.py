@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_peft.errors import CompatibilityError, did_you_mean
-from lightning_peft.interop import lora, parts, prompts, weights
+from lightning_peft.interop import lora, lora_kin, parts, prompts, weights
 from lightning_peft.interop.table import Format
 from lightning_peft.strategies.strategy import PEFTStrategy
 
 FORMATS: tuple[Format, ...] = (
     lora.LORA,
-    lora.MORA,
-    lora.ADALORA,
+    lora_kin.MORA,
+    lora_kin.ADALORA,
     weights.VERA,
     weights.LOHA,
     weights.LOKR,
@@ -49,7 +49,7 @@ def format_of(config: Mapping[str, Any], where: str) -> Format:
     """
     name = config["peft_type"]
     for candidate in FORMATS:
-        if candidate.peft_type == name and (candidate is lora.MORA) == (name == "LORA" and config.get("use_mora") is True):
+        if candidate.peft_type == name and (candidate is lora_kin.MORA) == (name == "LORA" and config.get("use_mora") is True):
             return candidate
     known = list(dict.fromkeys(f.peft_type for f in FORMATS))
     why = f" ({_DEFECTS[name]})" if name in _DEFECTS else ""

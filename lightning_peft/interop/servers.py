@@ -7,6 +7,7 @@ rank-stabilised too, with one rank and alpha for all layers: patterns are not re
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning_peft.interop.registry import format_for, format_of
 from lightning_peft.strategies.hybrid.compose import Compose
 from lightning_peft.strategies.reparameterized.dora import DoRA
 from lightning_peft.strategies.reparameterized.lora import LoRA
+from lightning_peft.strategies.selective.ln_tuning import LNTuning
 from lightning_peft.strategies.selective.token_rows import TokenRows
 from lightning_peft.strategies.strategy import PEFTStrategy
 
@@ -81,7 +83,8 @@ def suitability(source: str | os.PathLike[str], target: Server, revision: str | 
 def _of_strategy(strategy: PEFTStrategy, state: Mapping[str, Tensor], extra: bool, verdict: Verdict) -> None:
     singles = _singles(strategy)
     named = ", ".join(type(s).__name__ for s in singles)
-    mains = [s for s in singles if format_for(s) is not None and not (isinstance(s, TokenRows) and len(singles) > 1)]
+    beside = (TokenRows, LNTuning) if len(singles) > 1 else ()
+    mains = [s for s in singles if format_for(s) is not None and not isinstance(s, beside)]
     if not mains:
         rest = f" or write its change of the weights as a LoRA: {_AS_LORA}" if strategy.mergeable else ""
         verdict.blockers.append(
@@ -101,7 +104,10 @@ def _of_strategy(strategy: PEFTStrategy, state: Mapping[str, Tensor], extra: boo
         verdict.blockers.append(f"vLLM loads plain LoRA only, and this is {type(main).__name__}; {way}")
         return
     assert isinstance(main, LoRA)
-    factors = [tensor.shape[-2] for key, tensor in state.items() if key.endswith(("lora_A", "initial_A", "finished_A"))]
+    ranks: Counter[str] = Counter()
+    for key, tensor in state.items():
+        if key.endswith((".lora_A", ".initial_A", ".finished_A")):
+            ranks[key.rpartition(".")[0]] += tensor.shape[-2]
     if main.rank_per_target or main.alpha_per_target:
         verdict.blockers.append(
             f"vLLM reads one rank and alpha for all layers, and this has some of its own; {_AS_LORA} gives all one rank"
@@ -112,7 +118,7 @@ def _of_strategy(strategy: PEFTStrategy, state: Mapping[str, Tensor], extra: boo
         verdict.blockers.append("vLLM takes no trained token rows; merge them into the base (lightning-peft merge)")
     if extra or len(singles) > 1 + sum(isinstance(s, TokenRows) for s in singles):
         verdict.blockers.append("vLLM takes no modules_to_save; merge the adapter (lightning-peft merge), or train without them")
-    _vllm_rank(sum(dict.fromkeys(factors)) if main.init in ("pissa", "olora") else max(factors, default=main.rank), verdict)
+    _vllm_rank(max(ranks.values(), default=main.rank), verdict)
 
 
 def _of_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, verdict: Verdict) -> None:

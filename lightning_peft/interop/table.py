@@ -57,7 +57,7 @@ class Layer:
     @cached_property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the stored weight; of a convolution with its kernel."""
-        return tuple(self.module.weight.shape) if isinstance(self.site.kind, ConvKind) else ()  # type: ignore[union-attr,arg-type]
+        return tuple(self.module.weight.shape) if isinstance(self.site.kind, ConvKind) else ()  # type: ignore[arg-type]
 
 
 def layers_of(handle: Handle) -> list[Layer]:

@@ -267,7 +267,7 @@ class IA3Format(LayerFormat):
         tensors: dict[str, Tensor] = {}
         for layer in found:
             self.check_layer(replace(layer, site=replace(layer.site, rows=None)))
-            key, rows, scales = f"{PREFIX}{layer.path}.ia3_l", layer.site.rows, layer.adapter.ia3_l.detach()  # type: ignore[operator,union-attr]
+            key, rows, scales = f"{PREFIX}{layer.path}.ia3_l", layer.site.rows, layer.adapter.ia3_l.detach()  # type: ignore[operator]
             if rows is None:
                 tensors[key] = _scales(scales, layer)
                 continue

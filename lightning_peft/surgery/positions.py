@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import PortError
+from lightning_peft.errors import PortError, UnsupportedLayerError
 from lightning_peft.nn.adapter import BuildContext
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Tap
@@ -90,6 +90,7 @@ def rotate_keys(root: nn.Module, port: AttentionPort, keys: Tensor, by: int) -> 
 
     Raises:
         PortError: The model has no rotary embedding, or one that depends on the length of the text.
+        UnsupportedLayerError: It has no values yet.
     """
     attention = root.get_submodule(port.path)
     scope: dict[str, Any] = inspect.unwrap(type(attention).forward).__globals__
@@ -101,6 +102,8 @@ def rotate_keys(root: nn.Module, port: AttentionPort, keys: Tensor, by: int) -> 
         raise PortError(
             f"'{port.path}' has {what}, so how its text counts cannot be put into the keys of a prefix. Train with shift_positions=True."
         )
+    if rotary.inv_freq.is_meta:
+        raise UnsupportedLayerError(f"the rotary embedding of '{port.path}' is on the meta device. Load the model first.")
     heads = keys.unflatten(1, (port.kv_heads, port.head_dim)).transpose(0, 1)[None]  # (1, kv_heads, n, head_dim)
     places = torch.full((1, keys.shape[0]), by, device=keys.device)
     cos, sin = rotary(heads, places)

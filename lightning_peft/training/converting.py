@@ -7,6 +7,7 @@ records the values of its base, so to write it the weights are always read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from lightning_peft.checkpoint import AdapterFile, check_base, read_adapter, save_adapter
-from lightning_peft.errors import ConfigError, PEFTError
+from lightning_peft.errors import ConfigError, PEFTError, UnsupportedLayerError
 from lightning_peft.interop import HFExport, is_hf_folder, load_hf, push, save_hf
 from lightning_peft.interop.files import local_folder, read_folder
 from lightning_peft.loading.base import AUTO_CLASSES, BaseSource, load_model
@@ -78,20 +79,20 @@ def convert(
 
 
 def _to_hf(source: Any, folder: Path, base: str | None, revision: str | None, as_lora: int | bool) -> list[str]:
-    if Path(source).exists() and not is_hf_folder(source):
-        adapter = read_adapter(source)
-        handle = None if adapter.extra_state or as_lora else _on_config(adapter, base)
-        if handle is None:
-            handle = open_adapter(source, base)[0]
-        heads = _heads(adapter, handle)
-    else:
+    if not Path(source).exists() or is_hf_folder(source):
+        local_folder(source, revision)
         if not as_lora:
             raise ConfigError(
                 f"'{source}' is in HF peft's format already; with --as-lora its change of the weights becomes a LoRA."
             )
-        handle, heads = _hf_handle(source, base, revision), ()
-    export = save_hf(handle, folder, as_lora=as_lora, modules_to_save=heads)
-    return _told(export)
+        return _told(save_hf(_hf_handle(source, base, revision), folder, as_lora=as_lora))
+    adapter = read_adapter(source)
+    if not adapter.extra_state and not as_lora and (handle := _on_config(adapter, base)) is not None:
+        with contextlib.suppress(UnsupportedLayerError):  # it reads the weights after all
+            return _told(save_hf(handle, folder))
+    quantized = bool(adapter.manifest["base"].get("preparation"))
+    handle = open_adapter(source, base, quantized=quantized, speaks=False)[0]
+    return _told(save_hf(handle, folder, as_lora=as_lora, modules_to_save=_heads(adapter, handle)))
 
 
 def _told(export: HFExport) -> list[str]:

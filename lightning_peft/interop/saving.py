@@ -1,38 +1,33 @@
-"""``save_hf`` and ``load_hf``: adapters in the format of Hugging Face peft, both ways."""
+"""``save_hf`` and ``push``: adapters of here in the format of Hugging Face peft."""
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import CompatibilityError, ConfigError, FormatError
 from lightning_peft.interop import lora, parts
 from lightning_peft.interop.as_lora import write_as_lora
-from lightning_peft.interop.files import PREFIX, HFFile, local_folder, push_folder, read_folder, write_folder
-from lightning_peft.interop.names import strings
-from lightning_peft.interop.registry import PROMPTS, format_for, format_of
-from lightning_peft.interop.table import Format, Parsed, Written
-from lightning_peft.strategies.hybrid.compose import Compose
-from lightning_peft.strategies.install import reinstall
+from lightning_peft.interop.files import PREFIX, push_folder, write_folder
+from lightning_peft.interop.registry import PROMPTS, format_for
+from lightning_peft.interop.table import Format, Written
+from lightning_peft.interop.views import only_child, parts_of, relative, without_claims
 from lightning_peft.strategies.selective.bitfit import BitFit
 from lightning_peft.strategies.selective.token_rows import TokenRows
 from lightning_peft.strategies.strategy import PEFTStrategy
-from lightning_peft.surgery.anatomy import Anatomy, Family, anatomy_of
+from lightning_peft.surgery.anatomy import Anatomy, anatomy_of
 from lightning_peft.surgery.handle import Handle
-from lightning_peft.surgery.stack import RESERVED
-from lightning_peft.surgery.tree import ModuleTree, is_within, join
+from lightning_peft.surgery.tree import ModuleTree, is_within
 
 PROMPT_PREFIX = "base_model."
 VERSION = "0.21.2"  # of peft, whose format is written
-_TASKS = {
+TASKS = {
     "causal_lm": "CAUSAL_LM",
     "seq2seq_lm": "SEQ_2_SEQ_LM",
     "sequence_classification": "SEQ_CLS",
@@ -92,12 +87,12 @@ def save_hf(
     handle._forbid_disabled("save_hf()")
     handle.verify()
     handle._forbid_pieces("save_hf()", (slot.tensor() for slot in handle.slots))
-    handle = _relative(handle, _base_path(handle, root))
+    handle = relative(handle, _base_path(handle, root))
     anatomy = anatomy_of(handle.root)
-    flat = list(_parts(handle))
+    flat = list(parts_of(handle))
     errors: dict[str, float] = {}
     if as_lora:
-        main = _without_claims(handle)
+        main = without_claims(handle)
         peft_type, others = "LORA", [part for part in flat if all(slot.claimed for slot in part.slots)]
         written, errors = write_as_lora(main, anatomy, as_lora)
         prefix = PREFIX
@@ -139,73 +134,6 @@ def save_hf(
     return HFExport(place, peft_type, tuple(_notes(main.strategy, bool(as_lora))), errors)
 
 
-def load_hf(
-    model: nn.Module,
-    source: str | os.PathLike[str],
-    name: str = "default",
-    revision: str | None = None,
-    *,
-    anatomy: Family | Mapping[str, Any] | None = None,
-) -> Handle:
-    """Install an adapter that was saved by Hugging Face peft (or by :func:`save_hf`) on a model, in place.
-
-    Args:
-        model: The base model, or a LightningModule that holds it.
-        source: The adapter's folder, or the id of its repository on the hub.
-        name: Name under which it is installed.
-        revision: Branch, tag or commit on the hub.
-        anatomy: Roles of an architecture that the package does not know, as given to ``inject``.
-
-    Returns:
-        The handle: it trains, merges, saves, and is removed like any other. Modules of ``modules_to_save`` are a part of it.
-
-    Raises:
-        FormatError: The files are missing, damaged or have an unknown field or tensor.
-        CompatibilityError: The type, or a variant of it, is not here; or it was made for another base model.
-        PEFTError: As :func:`lightning_peft.inject`.
-
-    Whatever is raised, the model is left as it was.
-    """
-    file = read_folder(local_folder(source, revision))
-    table = format_of(file.config, file.where)
-    table.fields.check(file.config, file.where)
-    layers, rest = file.grouped(table.suffixes())
-    base = _base_for(model, layers, anatomy)
-    parsed = Parsed(file.config, layers, {key.removeprefix(PROMPT_PREFIX): t for key, t in rest.items()}, file.where)
-    if table.peft_type not in PROMPTS:
-        parsed = replace(parsed, rest=rest)
-    parsed = table.addressed(parsed, base)
-    tables = parts.tables_in_lora(parsed, base) if table.peft_type == "LORA" else {}
-    modules = parts.read_modules(parsed, _without_base(_left(table, parsed), parsed, base), base)
-    main = table.strategy(parsed, base)
-    found: list[tuple[PEFTStrategy, Callable[[Handle], dict[str, Tensor]]]] = []
-    if modules is not None and getattr(main, "bias", "none") == "all":  # a bias of a whole module trains once
-        main, rest_of = replace(main, bias="none"), lora.biases_outside(base, modules.owners)
-        found.append((BitFit(targets=rest_of), lambda part: lora.read_biases(parsed, part)))
-    found.insert(0, (main, lambda part: table.state(parsed, part, base)))
-    if tables:
-        rows = parts.token_strategy({path: ids for path, (ids, _) in tables.items()}, base, file.where)
-        found.append((rows, lambda part: parts.token_state(part, tables, base, file.where)))
-    if modules is not None:
-        parameters = modules.parameters
-        found.append((modules.strategy(base), lambda part: dict(parameters)))
-    strategy = found[0][0] if len(found) == 1 else Compose(parts=tuple(single for single, _ in found))
-    handle = reinstall(base.root, strategy, name, adapter_dtype="auto", anatomy=anatomy, room=_room(table, file))
-    try:
-        values: dict[str, Tensor] = {}
-        for i, (single, state) in enumerate(found):
-            values |= state(handle if len(found) == 1 else _with(handle, i, single))
-        meta = next((slot.key for slot in handle.slots if slot.tensor().is_meta), None)
-        if meta is not None:
-            raise CompatibilityError(f"'{meta}' lies on the meta device, which holds no values. Materialise the model first.")
-        handle.load_state_dict(values)
-    except BaseException:
-        handle.remove()
-        raise
-    handle.usage = _usage(file.config)
-    return handle
-
-
 def push(
     source: Handle | str | os.PathLike[str],
     repo_id: str,
@@ -242,9 +170,6 @@ def push(
     return push_folder(folder_path, repo_id, private=private, revision=revision, message=commit)
 
 
-# ---------------------------------------------------------------------- here -> there
-
-
 def _table(strategy: PEFTStrategy) -> Format:
     table = format_for(strategy)
     if table is None:
@@ -265,7 +190,7 @@ def _base_path(handle: Handle, root: str | None) -> str:
         found = root
     else:
         holding = [path for path in tree.hf_roots if all(is_within(own, path) for own in paths)]
-        found = holding[0] if holding else _only_child(handle.root) if _is_lightning(handle.root) else ""
+        found = holding[0] if holding else only_child(handle.root) if _is_lightning(handle.root) else ""
     outside = [path for path in paths if not is_within(path, found)]
     if outside:
         raise ConfigError(f"'{outside[0]}' is adapted and lies outside of the base model '{found}'. Name another root.")
@@ -274,44 +199,6 @@ def _base_path(handle: Handle, root: str | None) -> str:
 
 def _is_lightning(module: nn.Module) -> bool:
     return any(cls.__name__ == "LightningModule" for cls in type(module).__mro__)
-
-
-def _only_child(module: nn.Module) -> str:
-    """Return the name of the only child with parameters, empty where there are several."""
-    holders = [n for n, child in module.named_children() if n != RESERVED and next(child.parameters(), None) is not None]
-    return holders[0] if len(holders) == 1 and next(module.parameters(recurse=False), None) is None else ""
-
-
-def _relative(handle: Handle, path: str) -> Handle:
-    """Return a view of a handle whose paths and keys are relative to the module at ``path``."""
-    if not path:
-        return handle
-    view = copy.copy(handle)
-    head = f"{path}."
-    view.root = handle.root.get_submodule(path)
-    view.entries = [replace(e, path="" if e.path == path else e.path.removeprefix(head)) for e in handle.entries]
-    view.slots = [replace(s, key=s.key.removeprefix(head)) for s in handle.slots]
-    return view
-
-
-def _parts(handle: Handle) -> list[Handle]:
-    """Return views of the single strategies of a handle."""
-    if not isinstance(handle.strategy, Compose):
-        return [handle]
-    return [single for i, part in enumerate(handle.strategy.strategies) for single in _parts(_with(handle, i, part))]
-
-
-def _with(handle: Handle, index: int, strategy: PEFTStrategy) -> Handle:
-    view = handle.part(str(index))
-    view.strategy = strategy
-    return view
-
-
-def _without_claims(handle: Handle) -> Handle:
-    """Return a view of all entries of a handle, whatever strategies they are of."""
-    view = copy.copy(handle)
-    view.slots = [slot for slot in handle.slots if not slot.claimed]
-    return view
 
 
 def _main_part(found: list[Handle]) -> tuple[Handle, list[Handle]]:
@@ -358,7 +245,7 @@ def _add_others(
 
 def _task(handle: Handle) -> str | None:
     """Return HF's task type, by what the adapter was trained for or by the class of the model."""
-    known = _TASKS.get(str(handle.usage.get("task")))
+    known = TASKS.get(str(handle.usage.get("task")))
     if known is not None:
         return known
     name, settings = type(handle.root).__name__, getattr(handle.root, "config", None)
@@ -387,73 +274,3 @@ def _notes(strategy: PEFTStrategy, approximated: bool) -> list[str]:
     if getattr(strategy, "projection", False):
         return ["The prefix was written without the network that computed it, so it cannot be trained on with it."]
     return [notes[name]] if name in notes else []
-
-
-# ---------------------------------------------------------------------- there -> here
-
-
-def _base_for(model: nn.Module, layers: Mapping[str, Any], given: Family | Mapping[str, Any] | None) -> Anatomy:
-    """Return the anatomy of the module in ``model`` that has the adapted paths: the model, the HF model in it, or its only child."""
-    tree = ModuleTree(model)
-    paths = dict.fromkeys(["", *tree.hf_roots, _only_child(model)])
-    fits = [p for p in paths if all(join(p, path.replace(".base_layer", "")) in tree for path in layers)]
-    if not layers:  # prompts: any model fits, so the innermost one that is known as a model
-        fits = [*tree.hf_roots, ""]
-    return anatomy_of(model.get_submodule(fits[0] if fits else ""), given)
-
-
-def _left(table: Format, file: Parsed) -> dict[str, Tensor]:
-    """Return the tensors that are neither the method's nor token rows: those of whole modules, and copies of the base."""
-    names = strings(file.config.get("modules_to_save"), "modules_to_save", file.where)
-    left = {}
-    for key, tensor in file.rest.items():
-        own = table.takes(file, key) or key.endswith(f".{parts.INSIDE}")
-        # With bias="all" HF writes the biases of whole modules three times.
-        again = own and (".modules_to_save." in key or ".original_module." in key)
-        if not again and (not own or parts.saved_under(key, names) is not None):
-            left[key] = tensor
-    return left
-
-
-def _without_base(rest: Mapping[str, Tensor], file: Parsed, anatomy: Anatomy) -> dict[str, Tensor]:
-    """Return the tensors that are no copies of base weights, which HF puts into files of adapted embeddings.
-
-    Raises:
-        CompatibilityError: Such a copy is not what the model has.
-    """
-    live, kept = dict(anatomy.root.state_dict(keep_vars=True)), {}
-    for key, value in rest.items():
-        plain = key.replace(".base_layer.", ".")
-        target = live.get(plain)
-        same = (
-            target is not None
-            and target.shape == value.shape
-            and torch.equal(target.detach(), value.to(target.device, target.dtype))
-        )
-        if plain != key and not same:
-            raise CompatibilityError(
-                f"{file.where} carries the base weight '{plain}', and the model's is another one: the base was resized or changed. Resize "
-                "the token embeddings as it was done there, or load that base."
-            )
-        saved = any(plain.startswith(f"{n}.") or f".{n}." in plain for n in file.config.get("modules_to_save") or ())
-        if not same or saved:
-            kept[plain] = value
-    return kept
-
-
-def _room(table: Format, file: HFFile) -> int | None:
-    """Return how many numbers the tensors of the adapter may have; what is missing in the file is told by name later."""
-    if table.peft_type in ("ADALORA", "VERA"):  # bounded by the layers, and by the rank in the file
-        return None
-    return 2 * sum(tensor.numel() for tensor in file.tensors.values())
-
-
-def _usage(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the config says about the use of the adapter."""
-    tasks = {theirs: ours for ours, theirs in _TASKS.items()}
-    found = {
-        "base": config.get("base_model_name_or_path"),
-        "revision": config.get("revision"),
-        "task": tasks.get(str(config.get("task_type"))),
-    }
-    return {key: value for key, value in found.items() if isinstance(value, str) and value}
