@@ -79,6 +79,7 @@ from lightning_peft.surgery.handle import handles as handles
 from lightning_peft.surgery.targets import Targets as Targets
 
 if TYPE_CHECKING:
+    from lightning_peft import interop as interop
     from lightning_peft.cost import CostReport as CostReport
     from lightning_peft.cost import estimate as estimate
     from lightning_peft.training import PEFTCallback as PEFTCallback
@@ -95,10 +96,12 @@ _TRAINING = ("PEFTCallback", "PEFTDataModule", "PEFTLightningModule", "load_from
 def __getattr__(name: str) -> Any:
     if name in _TRAINING:
         return getattr(importlib.import_module("lightning_peft.training"), name)
+    if name == "interop":
+        return importlib.import_module("lightning_peft.interop")
     if name in _COST:
         return getattr(importlib.import_module("lightning_peft.cost"), name)
     raise AttributeError(f"module 'lightning_peft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_COST, *_TRAINING})
+    return sorted({*globals(), "interop", *_COST, *_TRAINING})

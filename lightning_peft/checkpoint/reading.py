@@ -151,8 +151,8 @@ def _read_folder(folder: Path) -> AdapterFile:
 def _foreign(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return (
-            f"'{folder}' is an adapter of Hugging Face peft, a format that this version does not read. Merge it with peft "
-            "(merge_and_unload, then save_pretrained) and use the result as the base."
+            f"'{folder}' is an adapter of Hugging Face peft, which is another format. Load it with lp.interop.load_hf(model, folder), or "
+            "convert it: lightning-peft convert FOLDER OUTPUT --to native."
         )
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
     return f"'{folder}' is not an adapter folder: it holds {found}, and no {MANIFEST}."

@@ -96,9 +96,13 @@ class LowRankAdapter(DeltaModule):
         """(..., in) -> (..., out); the branch computes in the dtype of the activation."""
         return base.low_rank(x, *self.factors(), scaling=self.scaling, dropout=self.dropout if self.training else 0.0)
 
+    def product(self) -> tuple[Tensor, Tensor, float]:
+        """Return (A, B, c) with ΔW = c·BA, as evaluation and merging see it."""
+        return *self.factors(), self.scaling
+
     def delta(self) -> Tensor:
-        A, B = self.factors()
-        return self.scaling * self.spec.compose(B, A)
+        A, B, scaling = self.product()
+        return scaling * self.spec.compose(B, A)
 
 
 class FrozenReadAdapter(LowRankAdapter):
@@ -161,6 +165,5 @@ class NestedRankAdapter(LowRankAdapter):
     def _scaling(self, b: int) -> float:
         return float(self.scaling * (self.rank / b) ** self.power)
 
-    def delta(self) -> Tensor:
-        A, B = self._nested(self.used_rank)
-        return self._scaling(self.used_rank) * self.spec.compose(B, A)
+    def product(self) -> tuple[Tensor, Tensor, float]:
+        return *self._nested(self.used_rank), self._scaling(self.used_rank)

@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``validate``, ``test``, ``predict`` and ``estimate`` from a YAML; ``methods``, ``inspect``, ``merge``, ``generate``.
+"""The command line: LightningCLI's commands from a YAML, and those that need none: ``methods``, ``inspect``, ``convert``, ``merge`` ...
 
 The four Lightning commands are a LightningCLI over :class:`PEFTLightningModule` and :class:`PEFTDataModule`. A mistake in a config
 is one line on stderr and exit status 2, never a traceback.
@@ -20,9 +20,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_peft.checkpoint import inspect_adapter
 from lightning_peft.errors import ConfigError, PEFTError, did_you_mean
+from lightning_peft.interop import is_hf_folder, suitability
 from lightning_peft.strategies.registry import list_methods, resolve
 from lightning_peft.training import estimating
 from lightning_peft.training.catalogue import method_card, methods_table
+from lightning_peft.training.converting import convert
 from lightning_peft.training.data import PEFTDataModule
 from lightning_peft.training.module import PEFTLightningModule
 from lightning_peft.training.serve import generate_text, merge_adapter
@@ -159,7 +161,19 @@ def _parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list the methods, or show one")
     methods.add_argument("name", nargs="?", help="a method, such as lora")
     inspect = commands.add_parser("inspect", help="show what an adapter folder or a checkpoint holds")
-    inspect.add_argument("adapter", help="adapter folder or Lightning .ckpt")
+    inspect.add_argument("adapter", help="adapter folder, Lightning .ckpt, or with --for a repository on the hub")
+    inspect.add_argument("--for", dest="target", choices=("hf", "vllm"), help="tell whether it loads there, and what to change")
+    conversion = commands.add_parser("convert", help="convert an adapter to or from the format of Hugging Face peft")
+    conversion.add_argument("source", help="adapter folder of either format, Lightning .ckpt, or a repository on the hub")
+    conversion.add_argument("output", nargs="?", help="new folder; not needed with --push")
+    conversion.add_argument("--to", choices=("hf", "native"), required=True, help="format of the result")
+    conversion.add_argument("--base", help="base model; default: the one that the adapter names")
+    conversion.add_argument("--revision", help="branch, tag or commit of a source on the hub")
+    conversion.add_argument(
+        "--as-lora", metavar="RANK", help="write any change of weights as a LoRA: 'exact', or at most this rank"
+    )
+    conversion.add_argument("--push", metavar="REPOSITORY", help="upload the result to this repository on the hub")
+    conversion.add_argument("--private", action="store_true", help="make a new repository private")
     merge = commands.add_parser("merge", help="merge an adapter into its base and save a plain transformers model")
     merge.add_argument("adapter", help="adapter folder or Lightning .ckpt")
     merge.add_argument("output", help="new folder for the merged model and its tokenizer")
@@ -191,7 +205,26 @@ def _methods(options: argparse.Namespace) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> str:
-    return inspect_adapter(options.adapter)
+    if options.target is None:
+        return inspect_adapter(options.adapter)
+    known = [] if is_hf_folder(options.adapter) or not os.path.exists(options.adapter) else [inspect_adapter(options.adapter)]
+    return "\n".join([*known, suitability(options.adapter, options.target).text()])
+
+
+def _convert(options: argparse.Namespace) -> str:
+    rank = options.as_lora
+    if rank not in (None, "exact") and not (rank.isdigit() and int(rank) > 0):
+        raise ConfigError(f"--as-lora {rank}: 'exact' or a rank of at least 1 is needed.")
+    return convert(
+        options.source,
+        options.output,
+        to=options.to,
+        base=options.base,
+        revision=options.revision,
+        as_lora=False if rank is None else True if rank == "exact" else int(rank),
+        repository=options.push,
+        private=options.private,
+    )
 
 
 def _merge(options: argparse.Namespace) -> str:
@@ -227,4 +260,11 @@ def _estimate(options: argparse.Namespace) -> str:
     return "\n".join([estimating.text(reports[0].table()), estimating.text(estimating.comparison(reports)), *lines])
 
 
-_COMMANDS = {"estimate": _estimate, "methods": _methods, "inspect": _inspect, "merge": _merge, "generate": _generate}
+_COMMANDS = {
+    "estimate": _estimate,
+    "methods": _methods,
+    "inspect": _inspect,
+    "convert": _convert,
+    "merge": _merge,
+    "generate": _generate,
+}

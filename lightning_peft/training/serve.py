@@ -26,7 +26,7 @@ MOST_ROWS = 100_000  # labels or special tokens of a file; each becomes a row of
 
 
 def open_adapter(
-    adapter: str | os.PathLike[str], base: str | None = None, *, quantized: bool = True
+    adapter: str | os.PathLike[str], base: str | None = None, *, quantized: bool = True, speaks: bool = True
 ) -> tuple[Handle, Any, dict[str, Any]]:
     """Load the base that an adapter names, with the adapter installed.
 
@@ -34,6 +34,7 @@ def open_adapter(
         adapter: Adapter folder or Lightning ``.ckpt``.
         base: Name or folder of the base; None takes the one that the adapter names.
         quantized: Quantize a base that the adapter names as it was in training.
+        speaks: Load the tokenizer; without, only where tokens were added to it, by which the embedding grew.
 
     Returns:
         The handle (the model is ``handle.root``, in eval mode), the tokenizer (None for a task without text), and how the adapter
@@ -51,7 +52,7 @@ def open_adapter(
     source = BaseSource(name=name, dtype=usage.get("dtype", "auto"), **(known if quantized else known | {"quantization": None}))
     folder, task = Path(adapter), usage.get("task", "causal_lm")
     model, tokenizer = load_model(source, task, usage.get("labels")).model, None
-    if TASKS[task].reads_text:
+    if TASKS[task].reads_text and (speaks or usage.get("special_tokens")):
         own = str(folder) if (folder / "tokenizer_config.json").is_file() else usage.get("tokenizer")
         tokenizer = load_tokenizer(source if own is None else BaseSource(name=own))
         add_special_tokens(tokenizer, usage.get("special_tokens", ()))

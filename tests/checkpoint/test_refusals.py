@@ -104,7 +104,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "foreign tensor": (edit_tensors(lambda t: t.update(alien=torch.ones(1))), r"\['alien'\] unknown"),
     "other dtype": (edit_tensors(lambda t: t.update({"up.lora_A": t["up.lora_A"].half()})), "dtype float16"),
     "other shape": (edit_tensors(lambda t: t.update({"up.lora_A": t["up.lora_A"][:1].clone()})), "shape"),
-    "folder of HF peft": (hf_folder, r"Hugging Face peft.*merge_and_unload"),
+    "folder of HF peft": (hf_folder, r"Hugging Face peft.*load_hf.*--to native"),
     "sharded checkpoint": (sharded, "no sharded checkpoint"),
 }
 

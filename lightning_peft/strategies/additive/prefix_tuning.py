@@ -5,7 +5,7 @@ Every attention module sees p learned keys and values in front of its own: ``sof
 directly, as in P-tuning v2 (arXiv 2110.07602).
 
 Positions: the text starts at position 0, as without the prefix. The paper's code and HF peft feed the prefix as
-``past_key_values``, by which the text starts at position p; to use such weights, pass ``position_ids`` shifted by p.
+``past_key_values``, by which the text starts at position p, as with ``shift_positions=True``.
 Encoder-decoder models get a prefix in the encoder's, the decoder's and the cross attention, each with a trunk E, W_1 of its own.
 The width of E is that of the keys (kv_heads x head_dim), as in HF peft; the paper's models have no grouped queries.
 """
@@ -24,6 +24,7 @@ from lightning_peft.strategies.strategy import PEFTStrategy, require
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import BuildShared, Plan
 from lightning_peft.surgery.ports import AttentionPort
+from lightning_peft.surgery.positions import position_taps
 from lightning_peft.surgery.prefixes import prefix_tap
 
 
@@ -42,7 +43,7 @@ from lightning_peft.surgery.prefixes import prefix_tap
 class PrefixTuning(PEFTStrategy):
     """Learned keys and values in front of those of every attention module. Not an identity at the start: they take attention.
 
-    The text keeps its positions, from 0 on; HF peft's text starts at position p. Works with ``attn_implementation`` sdpa and eager.
+    Works with ``attn_implementation`` sdpa and eager.
 
     Args:
         num_virtual_tokens: p. The paper uses 5 (table-to-text) to 200 (summarisation).
@@ -50,6 +51,8 @@ class PrefixTuning(PEFTStrategy):
         projection_size: Width of the MLP's hidden layer; the paper uses 512, and 800 for summarisation.
         dropout: Dropout on keys and values in training.
         init_std: Standard deviation of keys and values at the start, without ``projection``; 1 in P-tuning v2's code.
+        shift_positions: The text starts at position p, as in the paper's code and in HF peft, and not at 0. Models with learned
+            positions have p fewer for it.
     """
 
     num_virtual_tokens: int = 20
@@ -57,6 +60,7 @@ class PrefixTuning(PEFTStrategy):
     projection_size: int = 512
     dropout: float = 0.0
     init_std: float = 1.0
+    shift_positions: bool = False
 
     def validate(self) -> None:
         require(self.num_virtual_tokens >= 1, self, "num_virtual_tokens", "it must be at least 1")
@@ -68,9 +72,10 @@ class PrefixTuning(PEFTStrategy):
 
     def plan(self, anatomy: Anatomy) -> Plan:
         ports = anatomy.port(AttentionPort)
+        shifts = position_taps(anatomy, self.num_virtual_tokens) if self.shift_positions else ()
         if not self.projection:
             tokens = functools.partial(_build_tokens, count=self.num_virtual_tokens, std=self.init_std, dropout=self.dropout)
-            return Plan(tuple(prefix_tap(port, tokens) for port in ports))
+            return Plan((*(prefix_tap(port, tokens) for port in ports), *shifts))
         widths: dict[str, int] = {}
         for port in ports:
             widths[_trunk(port)] = max(widths.get(_trunk(port), 0), _width(port))
@@ -79,7 +84,7 @@ class PrefixTuning(PEFTStrategy):
             for name, width in widths.items()
         }
         projected = functools.partial(_build_projected, dropout=self.dropout)
-        return Plan(tuple(prefix_tap(port, projected) for port in ports), shared)
+        return Plan((*(prefix_tap(port, projected) for port in ports), *shifts), shared)
 
 
 def _width(port: AttentionPort) -> int:
