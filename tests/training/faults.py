@@ -28,6 +28,8 @@ STRATEGIES: dict[str, Any] = {
     "adalora": lp.AdaLoRA(initial_rank=4, target_rank=2, targets="all-linear", warmup=1, final=2, dropout=0.1),
     "prefix": lp.PrefixTuning(num_virtual_tokens=3),
     "vera": lp.VeRA(rank=4, targets="all-linear", dropout=0.1),
+    "fish": lp.FISHMask(share=0.05, samples=6),
+    "diff": lp.DiffPruning(share=0.05, penalty=1e-4, fine_tune=0.5, alpha_lr_scale=10.0),
 }
 ROWS, BATCH = 10, 2  # five batches an epoch
 
