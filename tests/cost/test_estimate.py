@@ -37,7 +37,7 @@ def test_any_backbone(name: str) -> None:
 def test_any_method(info: Any) -> None:
     spec = {"class_path": info.cls.__name__, "init_args": dict(info.example)}
     try:
-        lp.inject(llama(attention_bias=True), spec)
+        lp.inject(llama(attention_bias=True), spec, calibration="later" if info.from_data else None)
     except lp.PEFTError as error:
         with pytest.raises(type(error)):
             lp.estimate(llama(attention_bias=True), spec, sequence_length=6, quantization=None)

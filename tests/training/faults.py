@@ -30,6 +30,8 @@ STRATEGIES: dict[str, Any] = {
     "vera": lp.VeRA(rank=4, targets="all-linear", dropout=0.1),
     "meft": lp.MEFT(width=4),
     "ladder": lp.LadderSideTuning(reduction=4, heads=2),
+    "fish": lp.FISHMask(share=0.05, samples=6),
+    "diff": lp.DiffPruning(share=0.05, penalty=1e-4, fine_tune=0.5, alpha_lr_scale=10.0),
 }
 ROWS, BATCH = 10, 2  # five batches an epoch
 
