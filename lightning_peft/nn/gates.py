@@ -134,7 +134,7 @@ class GatedAdapter(AdapterModule):
         y0 = layer(x)
         h = y0 if self.reads_output or not x.is_floating_point() else x  # ids have no channels
         channel_dim = -base.along_channels(y0.new_empty(self.spec.out_features)).dim()
-        gain = self.gate(h, channel_dim).to(y0.dtype)
+        gain: Tensor = self.gate(h, channel_dim).to(y0.dtype)
         y: Tensor = self.adapter(layer, x)
         given = layer.input_of(y)
         if given is not None and given is not x:
