@@ -265,6 +265,8 @@ def _notes(strategy: PEFTStrategy, approximated: bool) -> list[str]:
         return [f"{name} was written as a plain LoRA."]
     if getattr(strategy, "init", None) in ("pissa", "olora"):
         return [f"{name} with init='{strategy.init}' was written as a plain LoRA of twice its rank, for the unchanged base."]  # type: ignore[attr-defined]
+    if getattr(strategy, "init", None) == "loftq":
+        return ["It was trained on a base that LoftQ has quantized, and holds for one that is quantized in the same way only."]
     notes = {
         "ReLoRA": "The rounds were written as one LoRA of the sum of their ranks.",
         "DyLoRA": "The ranks were cut to the one in use; the file holds no larger ones.",

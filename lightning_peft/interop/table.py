@@ -6,6 +6,7 @@ target, checks. Types with rules of their own override a method of it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,14 +133,19 @@ class Fields:
     own: frozenset[str] = frozenset()
 
     def check(self, config: Mapping[str, Any], where: str) -> None:
-        """Check that nothing in a config means something else than what is read.
+        """Check that nothing in a config means something else than what is read. Warns of unknown fields that are off.
 
         Raises:
             FormatError: A field is unknown.
             CompatibilityError: A field asks for a variant that is not here.
         """
         known = COMMON | {*self.same, *self.only} | self.free | self.own
+        off = [name for name, value in config.items() if name not in known and value in (None, False, [], {}, "")]
+        if off:  # what newer versions of peft can do, and this adapter does not
+            warnings.warn(f"{where}: unknown fields that are off: {', '.join(off)}.", stacklevel=4)
         for name, value in config.items():
+            if name in off:
+                continue
             if name not in known:
                 raise FormatError(
                     f"{where}: unknown field {name!r} of {config['peft_type']}={value!r}.{did_you_mean(name, known)} It may change what the "

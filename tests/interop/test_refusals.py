@@ -40,8 +40,9 @@ BAD: dict[str, tuple[Change, str]] = {
     "unknown type": (fields(peft_type="BOFT"), "type BOFT, which lightning_peft does not read.*CUDA"),
     "other type": (fields(peft_type="MISS"), "type MISS, which lightning_peft does not read.*merge_and_unload"),
     "unknown field": (fields(use_magic=True), "unknown field 'use_magic'"),
-    "misspelt field": (fields(rank_patern={}), "Did you mean 'rank_pattern'"),
+    "misspelt field": (fields(rank_patern={"q_proj": 2}), "Did you mean 'rank_pattern'"),
     "no type": (fields(peft_type=None), "names no peft_type"),
+    "tied by peft": (fields(ensure_weight_tying=True), "ensure_weight_tying=True"),
     "lora bias": (fields(lora_bias=True), "lora_bias=True.*variant"),
     "aLoRA": (fields(alora_invocation_tokens=[1]), "aLoRA"),
     "pissa": (fields(init_lora_weights="pissa_niter_4"), "base was changed.*path_initial_model_for_weight_conversion"),
@@ -111,6 +112,12 @@ def test_bad_files(spoil: Change, match: str, folder: Path) -> None:
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_unknown_fields_that_are_off(folder: Path) -> None:
+    change(folder, use_next_year=False, next_config=None)
+    with pytest.warns(UserWarning, match="unknown fields that are off: use_next_year, next_config"):
+        load_hf(fresh("llama"), folder)
 
 
 def test_links_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
