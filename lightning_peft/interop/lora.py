@@ -30,6 +30,7 @@ from lightning_peft.interop.table import (
     Parsed,
     Row,
     Written,
+    check_kernel,
     integer,
     kernel,
     layers_of,
@@ -144,6 +145,7 @@ class LoRAFormat(LayerFormat):
             _check_stack(layer.site, layer.module, layer.adapter)
         elif layer.site.rows is None or hasattr(layer.adapter, "magnitude") or layer.site.spec.kind == "tensor":
             super().check_layer(layer)
+        check_kernel(layer)
 
     # ------------------------------------------------------------------ there -> here
 

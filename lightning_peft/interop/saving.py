@@ -116,6 +116,8 @@ def save_hf(
         )
     if task in _HEADS and not saved:
         task = None  # HF would look for the head in the file
+    if task is None and peft_type in PROMPTS:
+        task = "FEATURE_EXTRACTION"  # without a task HF leaves a prompt out
     tensors |= {prefix + key.removeprefix(PREFIX): value for key, value in values.items()}
     empty = next((key for key, value in tensors.items() if value.is_meta), None)
     if empty is not None:

@@ -342,6 +342,20 @@ class LayerFormat(Format):
         return found
 
 
+def check_kernel(layer: Layer) -> None:
+    """Check that HF's branch beside a convolution reads the input as the convolution does: it knows no dilation and no padding mode.
+
+    Raises:
+        UnsupportedLayerError: It would not.
+    """
+    module: Any = layer.module
+    if layer.kind == CONV and (any(step != 1 for step in module.dilation) or module.padding_mode != "zeros"):
+        raise UnsupportedLayerError(
+            f"'{layer.path}' has dilation {module.dilation} and padding mode '{module.padding_mode}', which HF peft's branch does not have: it "
+            "computes something else. Exclude it, or merge the adapter."
+        )
+
+
 def integer(value: Any, name: str, where: str) -> int:
     """Return a positive whole number of a config.
 

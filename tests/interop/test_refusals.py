@@ -67,6 +67,11 @@ BAD: dict[str, tuple[Change, str]] = {
         tensors(lambda held: held.update({KEY.replace("layers.0", "layers.9"): held.pop(KEY)})),
         "adapts 'model.layers.9.self_attn.q_proj', which LlamaForCausalLM has not",
     ),
+    "a path that climbs": (
+        tensors(lambda held: held.update({KEY.replace("model.layers.0", "../../etc"): held.pop(KEY)})),
+        "adapts '../../etc.self_attn.q_proj', which",
+    ),
+    "a name of python": (tensors(lambda held: held.update({"__class__.weight": torch.zeros(1)})), "belongs to no adapter tensor"),
     "no tensors": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
         "no adapter_model.safetensors; the copy is incomplete",
@@ -205,6 +210,7 @@ UNSAYABLE: dict[str, tuple[str, lp.PEFTStrategy, type[Exception], str]] = {
     "parts": ("gpt2", lp.DoRA(rank=2), UnsupportedLayerError, "part of a fused weight"),
     "norms": ("llama", lp.LoRA(rank=1, targets="norm"), UnsupportedLayerError, "kind 'norm'"),
     "attention": ("attention", lp.LoRA(rank=2, targets=["attention"]), UnsupportedLayerError, "kind 'tensor'"),
+    "dilated": ("conv_net", lp.LoRA(rank=2, targets=["body"]), UnsupportedLayerError, "dilation"),
     "groups": ("conv_net", lp.OFT(block_size=2, targets=["classifier"], neumann_terms=3), ConfigError, "neumann_terms=3"),
     "ranks of hra": (
         "llama",
