@@ -30,6 +30,7 @@ from lightning_peft.interop.table import (
     Parsed,
     Row,
     Written,
+    check_kernel,
     integer,
     kernel,
     layers_of,
@@ -76,11 +77,12 @@ LORA_FIELDS = Fields(
         "velora_config": ((None,), "VeLoRA " + _NOT_HERE),
         "alora_invocation_tokens": ((None,), "aLoRA " + _NOT_HERE),
         "layer_replication": ((None,), "layer replication makes another model, which lightning_peft does not build"),
+        "ensure_weight_tying": ((False,), "one adapter for two tied weights is not read; merge it with peft (merge_and_unload)"),
         "megatron_config": ((None,), "layers of Megatron are not supported"),
     },
     free=words("megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config"),
     own=words(
-        "r lora_alpha rank_pattern alpha_pattern bias init_lora_weights use_dora trainable_token_indices ensure_weight_tying "
+        "r lora_alpha rank_pattern alpha_pattern bias init_lora_weights use_dora trainable_token_indices "
         "target_parameters use_mora mora_type"
     ),
 )
@@ -143,6 +145,7 @@ class LoRAFormat(LayerFormat):
             _check_stack(layer.site, layer.module, layer.adapter)
         elif layer.site.rows is None or hasattr(layer.adapter, "magnitude") or layer.site.spec.kind == "tensor":
             super().check_layer(layer)
+        check_kernel(layer)
 
     # ------------------------------------------------------------------ there -> here
 

@@ -116,6 +116,8 @@ def save_hf(
         )
     if task in _HEADS and not saved:
         task = None  # HF would look for the head in the file
+    if task is None and peft_type in PROMPTS:
+        task = "FEATURE_EXTRACTION"  # without a task HF leaves a prompt out
     tensors |= {prefix + key.removeprefix(PREFIX): value for key, value in values.items()}
     empty = next((key for key, value in tensors.items() if value.is_meta), None)
     if empty is not None:
@@ -265,6 +267,8 @@ def _notes(strategy: PEFTStrategy, approximated: bool) -> list[str]:
         return [f"{name} was written as a plain LoRA."]
     if getattr(strategy, "init", None) in ("pissa", "olora"):
         return [f"{name} with init='{strategy.init}' was written as a plain LoRA of twice its rank, for the unchanged base."]  # type: ignore[attr-defined]
+    if getattr(strategy, "init", None) == "loftq":
+        return ["It was trained on a base that LoftQ has quantized, and holds for one that is quantized in the same way only."]
     notes = {
         "ReLoRA": "The rounds were written as one LoRA of the sum of their ranks.",
         "DyLoRA": "The ranks were cut to the one in use; the file holds no larger ones.",

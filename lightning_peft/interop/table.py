@@ -6,6 +6,7 @@ target, checks. Types with rules of their own override a method of it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,14 +133,19 @@ class Fields:
     own: frozenset[str] = frozenset()
 
     def check(self, config: Mapping[str, Any], where: str) -> None:
-        """Check that nothing in a config means something else than what is read.
+        """Check that nothing in a config means something else than what is read. Warns of unknown fields that are off.
 
         Raises:
             FormatError: A field is unknown.
             CompatibilityError: A field asks for a variant that is not here.
         """
         known = COMMON | {*self.same, *self.only} | self.free | self.own
+        off = [name for name, value in config.items() if name not in known and value in (None, False, [], {}, "")]
+        if off:  # what newer versions of peft can do, and this adapter does not
+            warnings.warn(f"{where}: unknown fields that are off: {', '.join(off)}.", stacklevel=4)
         for name, value in config.items():
+            if name in off:
+                continue
             if name not in known:
                 raise FormatError(
                     f"{where}: unknown field {name!r} of {config['peft_type']}={value!r}.{did_you_mean(name, known)} It may change what the "
@@ -334,6 +340,20 @@ class LayerFormat(Format):
             if given:
                 raise FormatError(f"{file.where}: '{PREFIX}{layer.path}.{min(given)}' belongs to no tensor of this config.")
         return found
+
+
+def check_kernel(layer: Layer) -> None:
+    """Check that HF's branch beside a convolution reads the input as the convolution does: it knows no dilation and no padding mode.
+
+    Raises:
+        UnsupportedLayerError: It would not.
+    """
+    module: Any = layer.module
+    if layer.kind == CONV and (any(step != 1 for step in module.dilation) or module.padding_mode != "zeros"):
+        raise UnsupportedLayerError(
+            f"'{layer.path}' has dilation {module.dilation} and padding mode '{module.padding_mode}', which HF peft's branch does not have: it "
+            "computes something else. Exclude it, or merge the adapter."
+        )
 
 
 def integer(value: Any, name: str, where: str) -> int:

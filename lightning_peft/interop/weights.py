@@ -23,6 +23,7 @@ from lightning_peft.interop.table import (
     Parsed,
     Row,
     Written,
+    check_kernel,
     column,
     integer,
     layers_of,
@@ -102,6 +103,7 @@ class LycorisFormat(LayerFormat):
 
     def check_layer(self, layer: Layer) -> None:
         super().check_layer(layer)
+        check_kernel(layer)
         if len(layer.weight_shape) == 3 and hasattr(layer.adapter, "lokr_w2"):
             raise UnsupportedLayerError(
                 f"'{layer.path}' is a one-dimensional convolution, of which HF peft takes a wrong Kronecker product where the second factor "

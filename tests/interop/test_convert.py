@@ -229,6 +229,35 @@ def test_convert_a_checkpoint(tmp_path: Path, base: Path) -> None:
     assert all(key.startswith("base_model.model.model.layers.") for key in tensors_of(tmp_path / "hf"))
 
 
+def test_the_trained_head_of_an_adapter_goes_along(tmp_path: Path) -> None:
+    model = fresh("bert")
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    handle = lp.inject(model, lp.LoRA(rank=2, targets=["query"]))
+    head = {f"classifier.{name}": p for name, p in model.classifier.named_parameters()}  # type: ignore[union-attr,operator]
+    shake([*handle.trainable_parameters(), *head.values()])
+    expected = logits(model, "bert")
+    handle.usage = {"base": str(tmp_path / "base"), "task": "sequence_classification"}
+    lp.save_adapter(handle, tmp_path / "adapter", extra_state=head)
+    main(["convert", str(tmp_path / "adapter"), str(tmp_path / "hf"), "--to", "hf"])
+    assert config_of(tmp_path / "hf")["modules_to_save"] == ["classifier"]
+    close(logits(hf_load("bert", tmp_path / "hf"), "bert"), expected)
+
+
+def test_a_prompt_without_a_head(tmp_path: Path) -> None:
+    body = fresh("llama").model
+    handle = lp.inject(body, lp.PromptTuning(num_virtual_tokens=3))  # type: ignore[arg-type]
+    save_hf(handle, tmp_path)
+    assert config_of(tmp_path)["task_type"] == "FEATURE_EXTRACTION"
+    other = fresh("llama").model
+    load_hf(other, tmp_path)  # type: ignore[arg-type]
+    batch = BACKBONES["llama"].batch()
+    close(run(other, batch), run(body, batch))  # type: ignore[arg-type]
+
+
+def test_the_public_name() -> None:
+    assert lp.interop.save_hf is save_hf
+
+
 def test_convert_as_lora(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter, expected = native(base, tmp_path / "adapter", lp.OFT(block_size=4, targets=TARGETS))
     main(["convert", str(adapter), str(tmp_path / "hf"), "--to", "hf", "--as-lora", "exact"])

@@ -266,3 +266,22 @@ def test_tied_weights_are_refused(tmp_path: Path) -> None:
     hf_save(hf_model(Case("gpt2", "LoraConfig", {**LORA, "modules_to_save": ["lm_head"]})), tmp_path / "theirs")
     with pytest.raises(CompatibilityError, match="tied"):
         load_hf(fresh("gpt2"), tmp_path / "theirs")
+
+
+def test_a_quantized_base(tmp_path: Path) -> None:
+    model = lp.quantize(fresh("llama"), "nf4", backend="torch")
+    handle = lp.inject(model, lp.QLoRA(rank=2, dropout=0.0, targets=["q_proj", "down_proj"]))
+    shake(handle.trainable_parameters())
+    expected = logits(model.eval(), "llama")
+    save_hf(handle, tmp_path)
+    handle.remove()
+    back = load_hf(model, tmp_path)
+    assert type(back.strategy) is lp.LoRA  # the file does not say how the base is stored
+    close(logits(model.eval(), "llama"), expected)
+
+
+def test_a_prepared_base_is_noted(tmp_path: Path) -> None:
+    model = lp.quantize(fresh("llama"), "nf4", backend="torch", loftq={"rank": 2})
+    handle = lp.inject(model, lp.LoRA(rank=2, init="loftq", targets=["q_proj"]))
+    export = save_hf(handle, tmp_path)
+    assert "LoftQ" in export.notes[0]

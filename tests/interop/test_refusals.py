@@ -40,8 +40,9 @@ BAD: dict[str, tuple[Change, str]] = {
     "unknown type": (fields(peft_type="BOFT"), "type BOFT, which lightning_peft does not read.*CUDA"),
     "other type": (fields(peft_type="MISS"), "type MISS, which lightning_peft does not read.*merge_and_unload"),
     "unknown field": (fields(use_magic=True), "unknown field 'use_magic'"),
-    "misspelt field": (fields(rank_patern={}), "Did you mean 'rank_pattern'"),
+    "misspelt field": (fields(rank_patern={"q_proj": 2}), "Did you mean 'rank_pattern'"),
     "no type": (fields(peft_type=None), "names no peft_type"),
+    "tied by peft": (fields(ensure_weight_tying=True), "ensure_weight_tying=True"),
     "lora bias": (fields(lora_bias=True), "lora_bias=True.*variant"),
     "aLoRA": (fields(alora_invocation_tokens=[1]), "aLoRA"),
     "pissa": (fields(init_lora_weights="pissa_niter_4"), "base was changed.*path_initial_model_for_weight_conversion"),
@@ -66,6 +67,11 @@ BAD: dict[str, tuple[Change, str]] = {
         tensors(lambda held: held.update({KEY.replace("layers.0", "layers.9"): held.pop(KEY)})),
         "adapts 'model.layers.9.self_attn.q_proj', which LlamaForCausalLM has not",
     ),
+    "a path that climbs": (
+        tensors(lambda held: held.update({KEY.replace("model.layers.0", "../../etc"): held.pop(KEY)})),
+        "adapts '../../etc.self_attn.q_proj', which",
+    ),
+    "a name of python": (tensors(lambda held: held.update({"__class__.weight": torch.zeros(1)})), "belongs to no adapter tensor"),
     "no tensors": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
         "no adapter_model.safetensors; the copy is incomplete",
@@ -111,6 +117,12 @@ def test_bad_files(spoil: Change, match: str, folder: Path) -> None:
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_unknown_fields_that_are_off(folder: Path) -> None:
+    change(folder, use_next_year=False, next_config=None)
+    with pytest.warns(UserWarning, match="unknown fields that are off: use_next_year, next_config"):
+        load_hf(fresh("llama"), folder)
 
 
 def test_links_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -198,6 +210,7 @@ UNSAYABLE: dict[str, tuple[str, lp.PEFTStrategy, type[Exception], str]] = {
     "parts": ("gpt2", lp.DoRA(rank=2), UnsupportedLayerError, "part of a fused weight"),
     "norms": ("llama", lp.LoRA(rank=1, targets="norm"), UnsupportedLayerError, "kind 'norm'"),
     "attention": ("attention", lp.LoRA(rank=2, targets=["attention"]), UnsupportedLayerError, "kind 'tensor'"),
+    "dilated": ("conv_net", lp.LoRA(rank=2, targets=["body"]), UnsupportedLayerError, "dilation"),
     "groups": ("conv_net", lp.OFT(block_size=2, targets=["classifier"], neumann_terms=3), ConfigError, "neumann_terms=3"),
     "ranks of hra": (
         "llama",

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft.errors import ConfigError, MergeError
+from lightning_peft.errors import ConfigError, MergeError, PortError
 from lightning_peft.nn.virtual_tokens import PrefixTokens
 from lightning_peft.strategies import get_method, inject, resolve
 from lightning_peft.strategies.additive import PrefixTuning
@@ -190,3 +190,52 @@ def test_bad_values() -> None:
             PrefixTuning(projection=True, **{field: value})
     strategy = PrefixTuning(num_virtual_tokens=7, projection=True)
     assert resolve(strategy.to_dict()) == strategy
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_text_may_start_behind_the_prefix(name: str) -> None:
+    model = MODELS[name]()
+    positions = torch.arange(P, P + 7)[None]
+    plain = inject(model, PrefixTuning(num_virtual_tokens=P))
+    with torch.no_grad():
+        expected = model(ids(), position_ids=positions).logits
+        assert not torch.allclose(model(ids()).logits, expected, atol=1e-3)
+    state = plain.state_dict()
+    plain.remove()
+    handle = inject(model, PrefixTuning(num_virtual_tokens=P, shift_positions=True))
+    handle.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()).logits, expected)
+        # What the caller counts is shifted too, and a cache counts on.
+        torch.testing.assert_close(model(ids(), position_ids=positions - P).logits, expected)
+        first = model(ids()[:, :4], use_cache=True)
+        rest = model(ids()[:, 4:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_of_roberta_leave_padding_out() -> None:
+    config = hf.RobertaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16, vocab_size=99, max_position_embeddings=16,
+        pad_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    model = hf.RobertaModel(config, add_pooling_layer=False).eval()
+    tokens = ids()
+    tokens[0, 5:] = 1
+    mask = (tokens != 1).long()
+    plain = inject(model, PrefixTuning(num_virtual_tokens=P))
+    real = (tokens != 1).long()
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask, position_ids=(real.cumsum(-1) + P) * real + 1).last_hidden_state
+    state = plain.state_dict()
+    plain.remove()
+    inject(model, PrefixTuning(num_virtual_tokens=P, shift_positions=True)).load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, attention_mask=mask).last_hidden_state, expected)
+    with pytest.raises(PortError, match="exceed the 14 learned positions"):
+        model(ids(12))
+
+
+def test_what_cannot_be_shifted_is_refused() -> None:
+    t5 = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=99, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4))
+    with pytest.raises(PortError, match="no position_ids"):
+        inject(t5, PrefixTuning(num_virtual_tokens=P, shift_positions=True))
