@@ -22,7 +22,7 @@ from lightning_peft.checkpoint import inspect_adapter
 from lightning_peft.errors import ConfigError, PEFTError, did_you_mean
 from lightning_peft.interop import is_hf_folder, suitability
 from lightning_peft.strategies.registry import list_methods, resolve
-from lightning_peft.training import estimating
+from lightning_peft.training import comparing, estimating
 from lightning_peft.training.catalogue import method_card, methods_table
 from lightning_peft.training.converting import convert
 from lightning_peft.training.data import PEFTDataModule
@@ -119,6 +119,14 @@ class ConfigOnly(PEFTCLI):
         return None
 
 
+class CompareConfig(ConfigOnly):
+    """A config of ``fit`` with a section ``compare``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(comparing.CompareOptions, "compare")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``lightning-peft``."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -131,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             PEFTCLI(argv)
         else:
             options, rest = parser.parse_known_args(args or ["--help"])
-            if rest and command != "estimate":
+            if rest and command not in ("estimate", "compare"):
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")
             options.rest = rest
             print(_COMMANDS[options.command](options))
@@ -158,6 +166,16 @@ def _parser() -> argparse.ArgumentParser:
     bill.add_argument("--chart", metavar="FILE", help="write the comparison as a picture: .png, .svg, .pdf; needs matplotlib")
     bill.add_argument("--labelled", type=_positive(float), default=1.0, help="share of the tokens that have a label; default: 1")
     bill.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    compare = commands.add_parser(
+        "compare", help="train several strategies on one task and compare them (--config FILE, as of fit)"
+    )
+    compare.add_argument(
+        "--methods", metavar="NAMES", help="what to compare, such as lora,bitfit,full; default: compare.strategies"
+    )
+    compare.add_argument("--chart", metavar="FILE", help="write quality against trainable parameters: .png, .svg, .pdf")
+    form = compare.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--markdown", action="store_true", help="print Markdown instead of a table")
     methods = commands.add_parser("methods", help="list the methods, or show one")
     methods.add_argument("name", nargs="?", help="a method, such as lora")
     inspect = commands.add_parser("inspect", help="show what an adapter folder or a checkpoint holds")
@@ -252,16 +270,30 @@ def _estimate(options: argparse.Namespace) -> str:
     if options.compare is None and options.chart is None:
         report = estimating.estimate_config(options.rest, **asked)
         return json.dumps(report.to_dict()) if options.json else estimating.text(report.table())
-    names = [name.strip() for name in (options.compare or "").split(",") if name.strip()]
-    reports = estimating.compare_config(options.rest, names, **asked)
+    reports = estimating.compare_config(options.rest, _names(options.compare), **asked)
     lines = [] if options.chart is None else [f"chart: {estimating.chart(reports, options.chart)}"]
     if options.json:
         return json.dumps([report.to_dict() for report in reports])
     return "\n".join([estimating.text(reports[0].table()), estimating.text(estimating.comparison(reports)), *lines])
 
 
+def _compare(options: argparse.Namespace) -> str:
+    found = comparing.compare(options.rest, _names(options.methods))
+    lines = [] if options.chart is None else [f"chart: {found.chart(options.chart)}"]
+    if options.json:
+        return json.dumps(found.to_dict())
+    if options.markdown:
+        return found.markdown()
+    return "\n".join([estimating.text(found.table()), *found.verdict(), *lines])
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 _COMMANDS = {
     "estimate": _estimate,
+    "compare": _compare,
     "methods": _methods,
     "inspect": _inspect,
     "convert": _convert,

@@ -83,12 +83,17 @@ class PeakMemory:
         )
         return f"peak memory of fit: {self._seen()}{beside}."
 
+    def most(self) -> int:
+        """Return the most bytes so far, without what was resident besides the module when the watch began."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return max(0, highest() - self.others)
+
     def _seen(self) -> str:
         if self.device.type == "cuda":
-            return size(torch.cuda.max_memory_allocated(self.device))
-        peak = highest()
-        least = "" if peak > self.highest_before else "at most "  # as much was resident before, when the base was loaded
-        return f"{least}{size(max(0, peak - self.others))} resident, beside {size(self.others)} of libraries and data"
+            return size(self.most())
+        least = "" if highest() > self.highest_before else "at most "  # as much was resident before, when the base was loaded
+        return f"{least}{size(self.most())} resident, beside {size(self.others)} of libraries and data"
 
     def _estimate(self, root: nn.Module, trainer: Any, loss: Literal["chunked", "full"]) -> int | None:
         if self.largest is None or trainer.world_size > 1 or len(trainer.optimizers) != 1:
@@ -124,6 +129,12 @@ def highest() -> int:
         return found or 0
     resource = importlib.import_module("resource")  # Windows has none
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_highest() -> None:
+    """Let Linux begin anew with the most bytes of this process; elsewhere nothing can."""
+    with contextlib.suppress(OSError):
+        (_PROCESS / "clear_refs").write_text("5")
 
 
 def status(key: str) -> int | None:

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lightning_peft as lp
-from tests.benchmarks import contenders, profile_step, quickstart_vs_hf, step_cost, tweets
+from tests.benchmarks import contenders, mora_vs_lora_uuid, profile_step, quickstart_vs_hf, step_cost, tweets
 from tests.examples.test_scripts import tiny_bert
 from tests.training.data.conftest import SPECIALS, _byte_bpe
 
@@ -97,6 +97,33 @@ def test_tweets(tmp_path: Path) -> None:
     assert [scores[name][0].lr for name in tweets.CONTENDERS] == [1e-3, 2e-4, 2e-5]  # what the strategies suggest
     assert all(0 <= s.accuracy <= 1 and math.isfinite(s.f1) for each in scores.values() for s in each)
     assert len(tweets.table(scores).splitlines()) == 5
+
+
+def test_mora_against_lora_on_pairs_of_uuids(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mora_vs_lora_uuid, "CONTENDERS", {"lora": lp.LoRA(rank=4), "mora": lp.MoRA(rank=4)})
+    arguments = ["--seeds", "0", "1", "--pairs", "6", "--steps", "4", "--out", str(tmp_path / "out" / "curves")]
+    found = mora_vs_lora_uuid.main(arguments, base=str(tiny_llama))
+    lora, mora = (found[name] for name in ("lora", "mora"))
+    # rank 4 on query and value (32 x 32) of two blocks; the square of MoRA has the same size
+    assert [memory.trained for memory in (lora[0], mora[0])] == [2 * 2 * 4 * 64, 2 * 2 * 16**2]
+    assert lora[0].losses[0] == pytest.approx(mora[0].losses[0])  # the same batch, before anything has changed
+    assert lora[0].losses[0] != lora[1].losses[0]  # another seed, other pairs
+    saved = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert saved["settings"]["pairs"] == 6
+    assert [len(memory["losses"]) for each in saved["methods"].values() for memory in each] == [4] * 4
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "mora" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_digits_are_counted_where_they_stand() -> None:
+    values = ["0123", "4567"]
+    assert mora_vs_lora_uuid.score([" 0123", "4567"], values) == (1.0, 1.0)
+    assert mora_vs_lora_uuid.score(["0129 and more", ""], values) == (3 / 8, 0.0)
+    rows = mora_vs_lora_uuid.pairs(3, 5)
+    assert rows == mora_vs_lora_uuid.pairs(3, 5) != mora_vs_lora_uuid.pairs(4, 5)
+    assert {len(text) for row in rows for text in row.values()} == {mora_vs_lora_uuid.DIGITS}
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
