@@ -233,7 +233,7 @@ def test_accuracy_and_f1_of_the_chosen_answer(mode, monkeypatch):
     chosen = [0, 1, 0, 1]
     if mode == "score":
         monkeypatch.setattr(
-            "lightning_peft.training.module.answer_scores", lambda m, b: F.one_hot(torch.tensor(chosen), 2).float()
+            "lightning_peft.training.evaluating.answer_scores", lambda m, b: F.one_hot(torch.tensor(chosen), 2).float()
         )
     else:
         out = torch.tensor([[30, 2], [31, 2], [40, 2], [31, 2]])  # the third is none of the answers
