@@ -221,8 +221,9 @@ class ChoiceTask(LanguageTask):
     def choose(self, scores: Scores, batch: Any) -> list[dict[str, Any]]:
         """Return for each example the text of the likeliest choice, if the batch has it, its index, and its softmax share."""
         logp, mask = self._by_choice(scores, batch)
-        shares, best = torch.softmax(-choice_scores(logp, mask, length_norm=self.length_norm), -1).max(-1)
-        found = [{"index": i, "score": share} for i, share in zip(best.tolist(), shares.tolist(), strict=True)]
+        beta = choice_scores(logp, mask, length_norm=self.length_norm)
+        best, shares = beta.argmin(-1).tolist(), torch.softmax(-beta, -1).amax(-1).tolist()
+        found = [{"index": index, "score": share} for index, share in zip(best, shares, strict=True)]
         texts = self.batch(batch).get("choices")
         return found if texts is None else [{"choice": t[row["index"]], **row} for t, row in zip(texts, found, strict=True)]
 

@@ -78,7 +78,7 @@ def test_padding_changes_nothing(padding: float, more: tuple[int, int]) -> None:
     logp, mask = dense(GOLDEN, padding=padding, more=more)
     logp.requires_grad_()
     found = choice_losses(logp, mask, answer)
-    assert [float(x) for x in found] == pytest.approx([float(x) for x in choice_losses(*plain, answer)], abs=1e-14)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in choice_losses(*plain, answer)], abs=1e-14)
     sum(found).backward()
     assert torch.isfinite(logp.grad).all()
     assert (logp.grad[~mask] == 0).all()
@@ -118,7 +118,7 @@ def test_an_example_without_answer_counts_nowhere() -> None:
 def test_certain_tokens_have_finite_losses() -> None:
     logp = torch.zeros(1, 2, 1, dtype=torch.float32, requires_grad=True)
     found = choice_losses(logp, torch.ones(1, 2, 1, dtype=torch.bool), torch.tensor([0]))
-    assert found.unlikelihood == pytest.approx(-math.log(0.01))
+    assert found.unlikelihood.item() == pytest.approx(-math.log(0.01))
     found.unlikelihood.backward()
     assert logp.grad.flatten().tolist() == pytest.approx([0.0, 100.0])
 

@@ -250,7 +250,7 @@ def test_the_tfew_config_is_a_whole_job(base: Path, config: Path, tmp_path: Path
     assert manifest["strategy"]["class_path"].endswith("IA3")
     assert manifest["usage"]["task"] == "multiple_choice"
     capsys.readouterr()
-    main(["validate", *given, f"--ckpt_path={checkpoint}", f"--data.val_path={sms}", "--trainer.limit_val_batches=1.0"])
+    main(["validate", *given, f"--ckpt_path={checkpoint}", "--data.val_fraction=0.2", "--trainer.limit_val_batches=1.0"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("val_loss", "val_accuracy", "val_f1"))
     texts = ["--data.predict_texts=[call number 3 now, call number 4 now]", "--trainer.logger=false"]
@@ -269,8 +269,9 @@ def test_the_tfew_config_is_a_whole_job(base: Path, config: Path, tmp_path: Path
     [
         (["--model.choice_losses={mcloss: 1}"], ["mcloss", "Did you mean 'mc_loss'"]),
         (["--model.choice_losses.length_norm=-1"], ["length_norm=-1"]),
-        (["--data.choices=[no, maybe, yes]"], ["3 choices", "2 labels"]),
-        (["--data.choices=[no, no]"], ["row 0", "the same"]),
+        (["--data.choices=[a, b, c]"], ["3 choices", "2 labels"]),
+        (["--data.choices=[a, a]"], ["row 0", "the same"]),
+        (["--data.choices=[no, yes]"], ["[no, yes]", "quote the words"]),
         (["--data.choices=option", "--model.labels=null"], ["no column 'option'"]),
         (["--data.completion={label}"], ["may only name {choice}"]),
     ],

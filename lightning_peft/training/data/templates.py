@@ -113,6 +113,10 @@ class TextSpec:
                 not isinstance(self.choices, str) and any(not choice.strip() for choice in self.choices or ()),
                 f"a choice of {self.choices} is blank",
             ),
+            (
+                (self.choices_column or "").startswith("["),
+                f"choices={self.choices!r} is no column; quote the words of a list, since YAML takes no and yes for truth values",
+            ),
             (self.labels and self.choices_column, "labels are for fixed choices; those of a column belong to their row"),
             (
                 chooses and template_columns(self.completion_template or "") not in ([], [CHOICE]),

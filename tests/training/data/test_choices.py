@@ -110,7 +110,7 @@ def test_an_answer_is_a_text_or_an_index(make_tokenizer, jsonl, answer, index):
 
 
 def test_datasets_of_the_hub(make_tokenizer, monkeypatch):
-    monkeypatch.setattr("lightning_peft.training.data.sources.load_hub", lambda source: {"test": ROWS, "train": ROWS[:1]})
+    monkeypatch.setattr("lightning_peft.training.data.sources.load_hub", lambda source: {"test": ROWS[1:], "train": ROWS[:1]})
     dm = _module("fit", data_path="some/set", data_format="datasets", choices="options", tokenizer=make_tokenizer())
     assert dm.reports["train"].choices == 3
 
