@@ -232,6 +232,7 @@ def test_the_qlora_config_is_a_whole_job(base: Path, config: Path, tmp_path: Pat
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_tfew_config_is_a_whole_job(base: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """configs/tfew.yaml as it stands, on a tiny base and a few rows: trained, validated, asked, merged."""
     tfew = Path(__file__).parents[2] / "configs" / "tfew.yaml"
