@@ -39,6 +39,8 @@ AUTO_CLASSES: dict[str, str] = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "multiple_choice": "AutoModelForCausalLM",
+    "seq2seq_multiple_choice": "AutoModelForSeq2SeqLM",
     "sequence_classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
     "image_classification": "AutoModelForImageClassification",

@@ -9,6 +9,8 @@ and the gradient of the loss L = Σᵢ −log softmax(zᵢ)[tᵢ] with respect t
 so the head runs on a chunk of positions, its gradients are taken at once, and the chunk's logits are dropped. Nothing is
 computed twice; the backward pass scales what is there already. (The idea is common: Liger Kernel, arXiv:2410.10989,
 section 3.2, and "Cut Your Losses", arXiv:2411.09009; here the head is any differentiable function, adapters included.)
+
+A loss that is no sum over positions gets their log-likelihoods instead, whose gradients are known in backward only.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.errors import ConfigError
 
@@ -132,6 +135,30 @@ def chunked_evaluation(hidden: Tensor, targets: Tensor, head: Head, *, chunk: in
     scored = list(_scored(hidden, targets, head, chunk, 0.0))
     best = [b for _, b in scored]
     return _sum([loss for loss, _ in scored], hidden), torch.cat(best) if best else targets.new_empty(0)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def chunked_log_likelihoods(hidden: Tensor, targets: Tensor, head: Head, *, chunk: int) -> Tensor:
+    """Return ``log softmax(head(hidden))`` at every position's target, (n,), in fp32 or better.
+
+    Unlike :func:`chunked_cross_entropy` it is plain autograd: any loss may follow, and whatever trains in the head receives gradient.
+    More than one chunk of positions is scored twice, since no chunk's logits are kept for the backward pass.
+
+    Args:
+        hidden: What the head is given, (n, d).
+        targets: Class indices (n,), none ignored.
+        head: Maps (rows, d) to logits (rows, classes), each row on its own.
+        chunk: Positions per call of the head.
+    """
+    parts = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([_log_likelihoods(head, rows, right) for rows, right in parts])
+    return torch.cat([checkpoint(_log_likelihoods, head, rows, right, use_reentrant=False) for rows, right in parts])
+
+
+def _log_likelihoods(head: Head, rows: Tensor, targets: Tensor) -> Tensor:
+    logits = head(rows)
+    return F.log_softmax(logits, -1, dtype=_wide(logits.dtype)).gather(1, targets[:, None]).squeeze(1)
 
 
 def _scored(hidden: Tensor, targets: Tensor, head: Head, chunk: int, smoothing: float) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from lightning_peft.cost import CostReport, estimate, size
 from lightning_peft.errors import ConfigError, DependencyError
 from lightning_peft.loading.base import AUTO_CLASSES, BaseSource
 from lightning_peft.surgery.anatomy import anatomy_of
+from lightning_peft.training.data import PEFTDataModule
 
 # Lightning's name of a strategy -> how parameters are spread.
 _SHARDING = {"ddp": "ddp", "fsdp": "fsdp", "modelparallel": "fsdp", "model_parallel": "fsdp"}
@@ -71,7 +72,7 @@ def _read(arguments: Sequence[str]) -> tuple[nn.Module, Any, dict[str, Any]]:
     heads = [site.path for site in anatomy_of(model).roles.get("head", ())] if module.task.needs_labels else []
     extras = [path.removeprefix("base.") for path in module.extra_modules] if module.extra_modules != "auto" else heads
     settings = {
-        "batch_size": data.batch_size,
+        "batch_size": data.batch_size * _rows_each(data),
         "sequence_length": data.max_length if module.task.reads_text else None,
         "padded": not data.packing,
         "precision": trainer.precision or "32-true",
@@ -86,6 +87,23 @@ def _read(arguments: Sequence[str]) -> tuple[nn.Module, Any, dict[str, Any]]:
         "device": {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(str(trainer.accelerator), "auto"),
     }
     return model, module.strategy, settings
+
+
+def _rows_each(data: PEFTDataModule) -> int:
+    """Return how many sequences an example makes: one for each of its answer choices.
+
+    Raises:
+        ConfigError: The data tell, and they are not read here.
+    """
+    if not data.spec.has_choices:
+        return 1
+    found = len((None if data.spec.choices_column else data.spec.choices or data.spec.labels) or ())
+    if not found:
+        raise ConfigError(
+            "the config does not tell how many answer choices an example has. Give data.choices or model.labels, or use "
+            "lp.estimate(model, strategy, batch_size=examples x choices)."
+        )
+    return found
 
 
 def meta_model(source: BaseSource, task: str, labels: Sequence[str] | None = None) -> nn.Module:

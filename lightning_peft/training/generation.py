@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.training.encoded_once import encoded_once
 
 MAX_NEW_TOKENS = 64
 """Where the user sets no length; transformers' own default of 20 tokens counts the prompt in."""
@@ -89,8 +90,11 @@ def answer_scores(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def _decoder_logits(model: Any, prompt: Tensor, mask: Tensor, answers: Tensor, real: Tensor, count: int) -> Tensor:
     labels = answers.masked_fill(real == 0, -100)
     decoder = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    repeated, repeated_mask = prompt.repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
-    out: Tensor = model(input_ids=repeated, attention_mask=repeated_mask, decoder_input_ids=decoder, use_cache=False).logits
+    example = torch.arange(len(prompt), device=prompt.device).repeat_interleave(count)
+    with encoded_once(model, example):
+        out: Tensor = model(
+            input_ids=prompt[example], attention_mask=mask[example], decoder_input_ids=decoder, use_cache=False
+        ).logits
     return out
 
 

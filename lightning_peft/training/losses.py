@@ -1,5 +1,7 @@
 """The loss of a batch as a sum over its labelled positions, and its share in an optimizer step.
 
+A task's loss may have several terms, each of them a mean over something else (tokens, examples); most have one.
+
 Why sums. Lightning averages the losses of accumulated batches, and DDP averages over ranks; with ragged texts an average of
 averages weighs a token of a short batch more than one of a long batch. Here the loss of a batch is the sum over its labelled
 positions divided by the number of them in the whole window of accumulated batches on all ranks, so that k small batches give the
@@ -45,20 +47,22 @@ class LookAhead:
 class LossWindow:
     """Labelled positions per batch and rank, averaged over the window of accumulated batches that a batch belongs to.
 
+    A term of the loss may be a mean over something else, which is counted in the same way.
+
     It reads no further than the window's end, so at every optimizer step the loader stands where it would without it, and a
     checkpoint written there resumes exactly.
 
     Args:
-        count: Returns the labelled positions of a batch.
+        count: Returns for each term how many there are in a batch.
     """
 
-    def __init__(self, count: Callable[[Any], int]) -> None:
+    def __init__(self, count: Callable[[Any], tuple[int, ...]]) -> None:
         self.count = count
         self.last = self.end = -1
-        self.mean = 1.0
+        self.means: tuple[float, ...] = ()
 
-    def per_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> float:
-        """Return the labelled positions of the window, averaged over ranks, divided by the number of batches to accumulate.
+    def per_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> tuple[float, ...]:
+        """Return for each term the number in the window, averaged over ranks, divided by the number of batches to accumulate.
 
         Lightning divides every loss by that number and distributed strategies average gradients over ranks, so the gradient of
         ``sum of losses / per_batch`` is that of the mean over all labelled positions.
@@ -66,20 +70,19 @@ class LossWindow:
         if batch_idx != self.last + 1 or batch_idx >= self.end:
             self._open(trainer, batch, batch_idx)
         self.last = batch_idx
-        return self.mean
+        return self.means
 
     def _open(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
         accumulate = trainer.accumulate_grad_batches
         self.end = int(min((batch_idx // accumulate + 1) * accumulate, trainer.num_training_batches))
-        positions = self.count(batch) + sum(map(self.count, self._ahead(trainer, self.end - batch_idx - 1)))
+        batches = [batch, *self._ahead(trainer, self.end - batch_idx - 1)]
+        numbers = [float(sum(term)) for term in zip(*map(self.count, batches), strict=True)]
+        least = 1.0
         if trainer.world_size > 1:
             device = trainer.strategy.root_device
-            total: Tensor = trainer.strategy.reduce(
-                torch.tensor(float(positions), dtype=torch.float64, device=device), reduce_op="mean"
-            )
-            self.mean = max(float(total), 1 / trainer.world_size) / accumulate
-        else:
-            self.mean = max(positions, 1) / accumulate
+            total: Tensor = trainer.strategy.reduce(torch.tensor(numbers, dtype=torch.float64, device=device), reduce_op="mean")
+            numbers, least = total.tolist(), 1 / trainer.world_size
+        self.means = tuple(max(number, least) / accumulate for number in numbers)
 
     @staticmethod
     def _ahead(trainer: pl.Trainer, count: int) -> list[Any]:

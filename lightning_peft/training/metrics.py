@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,27 +11,31 @@ from torchmetrics import Metric, MetricCollection
 
 
 class Loss(Metric):
-    """Mean cross-entropy over all labelled positions."""
+    """Sum of the terms of a loss, each averaged over all that it counts, such as labelled positions.
+
+    Args:
+        terms: Number of terms.
+    """
 
     higher_is_better = False
     full_state_update = False
     total: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, terms: int = 1) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(terms, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(terms, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, total: Tensor, count: Tensor | int) -> None:
-        """Add a batch: its summed cross-entropy, and its labelled positions."""
+    def update(self, total: Sequence[Tensor], count: Sequence[int]) -> None:
+        """Add a batch: for each term its sum, and what it is to be averaged over."""
         # Lightning's bf16-true converts the states of metrics too, and a sum in bf16 stands still after 256 batches.
-        self.total = self.total.double() + total.detach()
-        self.count += count
+        self.total = self.total.double() + torch.stack([term.detach().double() for term in total])
+        self.count += torch.tensor(count, device=self.count.device)
 
     def compute(self) -> Tensor:
-        """Return the mean in nats; NaN if nothing had a label."""
-        return (self.total / self.count).float()
+        """Return the loss in nats; NaN if nothing had a label. A further term that counts nothing is 0."""
+        return (self.total[0] / self.count[0] + (self.total / self.count.clamp(min=1))[1:].sum()).float()
 
 
 class Perplexity(Loss):
@@ -38,7 +43,7 @@ class Perplexity(Loss):
 
     def compute(self) -> Tensor:
         """Return the perplexity, at least 1."""
-        return (self.total / self.count).exp().float()
+        return (self.total / self.count).sum().exp().float()
 
 
 class Accuracy(Metric):

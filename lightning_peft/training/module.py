@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,7 +15,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import MetricCollection
 
 from lightning_peft.errors import ConfigError, did_you_mean
 from lightning_peft.loading.base import BaseSource, Dtype, load_model, load_tokenizer, quantized_as
@@ -25,25 +24,31 @@ from lightning_peft.surgery.anatomy import anatomy_of
 from lightning_peft.surgery.handle import Handle, handles
 from lightning_peft.surgery.recompute import GradientCheckpointing
 from lightning_peft.training.callback import PEFTCallback
-from lightning_peft.training.generation import answer_scores, generate, matched
+from lightning_peft.training.evaluating import Evaluator
 from lightning_peft.training.losses import LossWindow
-from lightning_peft.training.metrics import F1, Accuracy, collection
 from lightning_peft.training.param_groups import far_off, parameter_groups, set_rates, suggestion
 from lightning_peft.training.restoring import lenient, prepare
 from lightning_peft.training.schedulers import SCHEDULES, ScheduleName, scheduler
 from lightning_peft.training.scoring import Scorer, Scores
-from lightning_peft.training.tasks import TASKS, classify, compute_wide
+from lightning_peft.training.tasks import TASKS, ChoiceTask, compute_wide, configured
 from lightning_peft.training.tokens import add_special_tokens, with_new_rows
 from lightning_peft.training.units import data_parallel, shard
 from lightning_peft.types import AdapterDtype, in_pieces
 
 TaskName = Literal[
-    "causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification", "image_classification"
+    "causal_lm",
+    "masked_lm",
+    "seq2seq_lm",
+    "multiple_choice",
+    "seq2seq_multiple_choice",
+    "sequence_classification",
+    "token_classification",
+    "image_classification",
 ]
 BASE = "base"  # the attribute that holds the base model, which is the adapted root
 
 
-class PEFTLightningModule(pl.LightningModule):
+class PEFTLightningModule(Evaluator):
     """Fine-tune a base model with one PEFT strategy.
 
     The base is loaded in ``configure_model``, so that making the module is cheap; an ``nn.Module`` is adapted at once. Checkpoints,
@@ -77,6 +82,8 @@ class PEFTLightningModule(pl.LightningModule):
         lr_scheduler_interval: When a scheduler made by a callable steps.
         label_smoothing: Share of a label's probability that is spread evenly over all classes, in training only: validation and test
             measure the plain loss.
+        choice_losses: Of the multiple-choice tasks: ``mc_loss`` and ``unlikely_loss``, the weights of T-Few's two further losses, and
+            ``length_norm``, the power of a choice's length that its log-likelihood is divided by. Each is 1 unless given.
         answers: How a generative model is tested where the data has fixed answers: ``score`` takes the answer with the highest mean
             log-likelihood per token, ``generate`` writes greedily and compares.
         generation: Arguments of ``generate`` in prediction and testing, such as ``{"max_new_tokens": 64}``.
@@ -114,6 +121,7 @@ class PEFTLightningModule(pl.LightningModule):
         warmup: float = 0.05,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         label_smoothing: float = 0.0,
+        choice_losses: dict[str, float] | None = None,
         answers: Literal["score", "generate"] = "score",
         generation: dict[str, Any] | None = None,
         adapter_name: str = "default",
@@ -123,7 +131,7 @@ class PEFTLightningModule(pl.LightningModule):
         super().__init__()
         _check(task, base, lr_scheduler, label_smoothing, answers, lr)
         self.strategy = resolve(strategy)
-        self.task = TASKS[task]
+        self.task = configured(task, choice_losses)
         self.labels = [str(label) for label in labels] if labels is not None else None
         self.special_tokens = list(special_tokens or ())
         self.extra_modules: Literal["auto"] | list[str] = extra_modules
@@ -147,7 +155,7 @@ class PEFTLightningModule(pl.LightningModule):
             self.source = BaseSource(name=base, trust_remote_code=trust_remote_code, **loading)
         self._tokenizer = tokenizer
         self._tokenizer_ready = False
-        self._window = LossWindow(self.task.labelled)
+        self._window = LossWindow(self.task.counts)
         self._score = Scorer(self.task)
         # Plain data only, which is all that a checkpoint may hold; objects have to be given again to load_from_checkpoint. Under
         # LightningCLI these are the raw values of the YAML, optimizer and scheduler included.
@@ -308,113 +316,16 @@ class PEFTLightningModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the batch's share in the mean loss over all labelled positions of the optimizer step (see ``losses``)."""
         scores: Scores = self._score(self.base, batch)
-        total = scores.loss(self.label_smoothing)
-        self.log("train_loss", total.detach() / max(len(scores.targets), 1), prog_bar=True, batch_size=1)
-        term = self.peft.second_pass(scores.logits, lambda: self._score(self.base, batch).logits())
-        if term is not None:  # a mean over positions
-            total = total + term * len(scores.targets)
-        return total / self._window.per_batch(self.trainer, batch, batch_idx)
+        terms, counts = self.task.losses(scores, batch, self.label_smoothing), self.task.counts(batch)
+        self.log("train_loss", _mean(terms, counts).detach(), prog_bar=True, batch_size=1)
+        share = self._window.per_batch(self.trainer, batch, batch_idx)
+        total = torch.stack([term / count for term, count in zip(terms, share, strict=True)]).sum()
+        between = self.peft.second_pass(scores.logits, lambda: self._score(self.base, batch).logits())
+        return total if between is None else total + between * (counts[0] / share[0])  # a mean over positions, as the first term
 
     def calibration_loss(self, batch: Any) -> Tensor:
-        """Return the mean loss over the labelled positions of a batch alone, for methods that start from data."""
-        scores: Scores = self._score(self.base, batch)
-        return scores.loss(self.label_smoothing) / max(len(scores.targets), 1)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch."""
-        self._evaluate("test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the whole epoch."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the whole epoch."""
-        self._log_metrics("test")
-
-    def _evaluate(self, split: str, batch: Any) -> None:
-        scores: Scores = self._score(self.base, batch)
-        if len(scores.targets):
-            total, preds = scores.evaluate()
-            self._metrics(split).update(total=total, count=len(preds), preds=preds, target=scores.targets)
-        rows = self.task.batch(batch) if self.task.generates else {}
-        if "answer_labels" in rows:
-            self._evaluate_answers(split, rows)
-        elif "answers" in rows and self.answers == "generate":
-            self._evaluate_texts(split, rows)
-
-    def _evaluate_answers(self, split: str, batch: Mapping[str, Any]) -> None:
-        """Compare the answer that the model prefers, or writes, with the right one."""
-        target = batch["answer_labels"]
-        if self.answers == "score":
-            preds = answer_scores(self.base, batch).argmax(-1)
-        else:
-            ids, mask = batch["answer_input_ids"][0], batch["answer_attention_mask"][0]
-            rows = [row[real.bool()] for row, real in zip(ids, mask, strict=True)]
-            known = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-            longest = {"max_new_tokens": ids.shape[1]}
-            preds = torch.tensor(matched(self._generate(batch, longest), known), device=target.device)
-        real = target >= 0  # a row that only fills up a rank's last batch has no label
-        classes = batch["answer_input_ids"].shape[1]
-        metrics = self._metrics(f"{split}_answers", accuracy=Accuracy, f1=lambda: F1(classes))
-        metrics.update(preds=preds[real], target=target[real])
-
-    def _evaluate_texts(self, split: str, batch: Mapping[str, Any]) -> None:
-        """Compare free texts with the expected ones, white space at the ends aside."""
-        texts = self._generate(batch, {})
-        right = [a.strip() == b.strip() for a, b in zip(texts, batch["answers"], strict=True)]
-        keep = batch["example_ids"] >= 0
-        preds = torch.tensor(right, device=keep.device).long()[keep]
-        self._metrics(f"{split}_answers", exact_match=Accuracy).update(preds=preds, target=torch.ones_like(preds))
-
-    def _generate(self, batch: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-        prompts = batch.get("prompt_input_ids", batch.get("input_ids"))
-        mask = batch.get("prompt_attention_mask", batch.get("attention_mask"))
-        if mask is None:
-            mask = torch.ones_like(prompts)
-        return generate(self.base, self.tokenizer, prompts, mask, {**defaults, **self.generation})
-
-    def _metrics(self, name: str, **make: Any) -> MetricCollection:
-        if name not in self.metrics:
-            # `validate` runs in inference mode, `fit` validates without; sums must live in both
-            with torch.inference_mode(False):
-                self.metrics[name] = collection(**{key: new() for key, new in make.items()}).to(self.device)
-        found = self.metrics[name]
-        assert isinstance(found, MetricCollection)
-        return found
-
-    def _log_metrics(self, split: str) -> None:
-        for name in (split, f"{split}_answers"):
-            if name in self.metrics:
-                metrics = self._metrics(name)
-                seen = {f"{split}_{key}": metric.compute() for key, metric in metrics.items() if metric.update_called}
-                with torch.inference_mode(False):
-                    metrics.reset()
-                # Exact over ranks already: the metrics added their sums and counts.
-                self.log_dict(seen, prog_bar=True, rank_zero_only=False)
-
-    def predict_step(self, batch: Any, batch_idx: int = 0) -> list[Any]:
-        """Return one prediction per row.
-
-        A generative task gives the text that follows the prompt; classification ``{"label", "score"}``, token classification a
-        list of these for the row's real tokens; masked LM the likeliest token of every mask.
-        """
-        if self.task.generates:
-            return list(self._generate(self.task.batch(batch), {}))
-        logits, inputs = self.task.logits(self.base, batch), self.task.inputs(batch)
-        if self.task.name == "masked_lm":
-            where = inputs["input_ids"] == self.tokenizer.mask_token_id
-            best = logits.argmax(-1)
-            return [[self.tokenizer.decode([i]).strip() for i in row[at].tolist()] for row, at in zip(best, where, strict=True)]
-        assert self.labels is not None
-        if logits.dim() == 2:
-            return list(classify(logits, self.labels))
-        mask = inputs.get("attention_mask", torch.ones(logits.shape[:2], device=logits.device)).bool()
-        return [classify(row[real], self.labels) for row, real in zip(logits, mask, strict=True)]
+        """Return the loss of a batch alone, for methods that start from data."""
+        return _mean(self.task.losses(self._score(self.base, batch), batch, self.label_smoothing), self.task.counts(batch))
 
     # ---- optimisation
 
@@ -459,7 +370,16 @@ def _check(task: str, base: Any, lr_scheduler: Any, label_smoothing: float, answ
         raise ConfigError(f"lr_scheduler={lr_scheduler!r} is not one of {', '.join(SCHEDULES)}.")
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing={label_smoothing!r} is not at least 0 and below 1.")
+    if label_smoothing and isinstance(TASKS[task], ChoiceTask):
+        raise ConfigError(
+            f"label_smoothing={label_smoothing} is not for {task}: its losses ask for the likelihood of the choices themselves."
+        )
     if answers not in ("score", "generate"):
         raise ConfigError(f"answers={answers!r} is not one of score, generate.")
     if isinstance(lr, str) and lr != "auto":
         raise ConfigError(f"lr={lr!r} is neither a number nor 'auto'.")
+
+
+def _mean(terms: tuple[Tensor, ...], counts: tuple[int, ...]) -> Tensor:
+    """Return the loss of a batch by itself: each term over what it counts."""
+    return torch.stack([term / max(count, 1) for term, count in zip(terms, counts, strict=True)]).sum()

@@ -24,6 +24,7 @@ from lightning_peft.nn.chunked_loss import (
     chunk_rows,
     chunked_cross_entropy,
     chunked_evaluation,
+    chunked_log_likelihoods,
     head_parameters,
 )
 from lightning_peft.training.namespace import is_a
@@ -68,6 +69,11 @@ class Scores:
     def evaluate(self) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy and the likeliest class of every position (n,), without gradient."""
         return chunked_evaluation(self.hidden, self.targets, self.head, chunk=chunk_rows(self.classes))
+
+    def log_likelihoods(self) -> Tensor:
+        """Return the log-probability of every target (n,), with gradient where that is enabled."""
+        logp: Tensor = chunked_log_likelihoods(self.hidden, self.targets, self.head, chunk=chunk_rows(self.classes))
+        return logp
 
 
 class Scorer:

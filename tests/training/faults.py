@@ -39,6 +39,8 @@ ROWS, BATCH = 10, 2  # five batches an epoch
 class Row:
     """An example as the loader wants it."""
 
+    choices = ()
+
     def __init__(self, index: int) -> None:
         generator = torch.Generator().manual_seed(index)
         length = int(torch.randint(5, 9, (), generator=generator))

@@ -232,6 +232,67 @@ def test_the_qlora_config_is_a_whole_job(base: Path, config: Path, tmp_path: Pat
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_the_tfew_config_is_a_whole_job(base: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """configs/tfew.yaml as it stands, on a tiny base and a few rows: trained, validated, asked, merged."""
+    tfew = Path(__file__).parents[2] / "configs" / "tfew.yaml"
+    sms = config.parent / "sms.csv"
+    small = {"model.base": base, "data.data_path": sms, "model.callback.export": tmp_path / "adapter"}
+    small |= {"trainer.max_steps": 3, "trainer.default_root_dir": tmp_path, "data.few_shot": 4, "data.test_fraction": 0.2}
+    small |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
+    given = ["--config", str(tfew), *(f"--{name}={value}" for name, value in small.items())]
+    main(["fit", *given])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["optimizer_states"][0]["param_groups"][0]["beta2_decay"] == -0.8  # Adafactor
+    log = next(tmp_path.rglob("config.resolved.yaml")).read_text()
+    assert "Adafactor" in log
+    manifest = read_adapter(tmp_path / "adapter" / "last").manifest
+    assert manifest["strategy"]["class_path"].endswith("IA3")
+    assert manifest["usage"]["task"] == "multiple_choice"
+    capsys.readouterr()
+    main(["validate", *given, f"--ckpt_path={checkpoint}", "--data.val_fraction=0.2", "--trainer.limit_val_batches=1.0"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("val_loss", "val_accuracy", "val_f1"))
+    texts = ["--data.predict_texts=[call number 3 now, call number 4 now]", "--trainer.logger=false"]
+    main(["predict", *given, f"--ckpt_path={checkpoint}", *texts])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(rows) == 2
+    assert all(["no", "yes"][row["index"]] == row["choice"] and 0.5 <= row["score"] <= 1 for row in rows)
+    assert "generates no text" in fails(capsys, "generate", str(tmp_path / "adapter" / "last"), "call")
+    main(["merge", str(tmp_path / "adapter" / "last"), str(tmp_path / "merged")])
+    main(["estimate", *given, "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["batch_size"] == 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.choice_losses={mcloss: 1}"], ["mcloss", "Did you mean 'mc_loss'"]),
+        (["--model.choice_losses.length_norm=-1"], ["length_norm=-1"]),
+        (["--data.choices=[a, b, c]"], ["3 choices", "2 labels"]),
+        (["--data.choices=[a, a]"], ["row 0", "the same"]),
+        (["--data.choices=[no, yes]"], ["[no, yes]", "quote the words"]),
+        (["--data.choices=option", "--model.labels=null"], ["no column 'option'"]),
+        (["--data.completion={label}"], ["may only name {choice}"]),
+    ],
+)
+def test_a_mistake_in_choices_is_one_line(
+    arguments: list[str], words: list[str], base: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tfew = Path(__file__).parents[2] / "configs" / "tfew.yaml"
+    given = [
+        "--config",
+        str(tfew),
+        f"--model.base={base}",
+        f"--data.data_path={config.parent / 'sms.csv'}",
+        "--trainer.logger=false",
+    ]
+    few = [] if "option" in arguments[0] else ["--data.few_shot=4"]
+    message = fails(capsys, "fit", *given, *(few or ["--data.few_shot=null"]), *arguments)
+    assert all(word in message.strip().splitlines()[-1] for word in words), message
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [

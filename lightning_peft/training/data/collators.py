@@ -1,8 +1,8 @@
 """Examples to batches. Padding is masked by length, never by id, so a pad token that equals EOS hides no EOS.
 
 All batches are dicts that a Hugging Face model takes as they are (``model(**batch)``), except for the extra keys of
-evaluation and prediction, which are listed with :class:`CausalCollator`. ``(labels != -100).sum()`` is the number of
-tokens (or rows) with loss in every batch.
+evaluation and prediction, which are listed with :class:`GenerationCollator`, and of multiple choice (see ``choices``).
+``(labels != -100).sum()`` is the number of tokens (or rows) with loss in every batch that has labels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_peft.training.data.encoders import Example
 from lightning_peft.training.data.tokenization import TextEncoder
 from lightning_peft.types import stable_seed
 
-Batch = dict[str, Tensor | list[str]]
+Batch = dict[str, Tensor | list[str] | list[list[str]]]
 
 
 @dataclass(frozen=True, slots=True)

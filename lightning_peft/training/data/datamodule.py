@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_peft.errors import ConfigError, DataError, DependencyError, did_you_mean
-from lightning_peft.nn.chunked_loss import IGNORE
+from lightning_peft.training.data.choices import CausalChoiceCollator, ChoiceCollator
 from lightning_peft.training.data.collators import (
     CausalCollator,
     ClassCollator,
@@ -19,19 +17,11 @@ from lightning_peft.training.data.collators import (
     Seq2SeqCollator,
     TokenLabelCollator,
 )
-from lightning_peft.training.data.encoders import (
-    ENCODERS,
-    CausalEncoder,
-    Example,
-    RowEncoder,
-    Seq2SeqEncoder,
-    TooLong,
-    pack,
-)
+from lightning_peft.training.data.encoders import CausalEncoder, Example, RowEncoder, Seq2SeqEncoder
 from lightning_peft.training.data.loader import EpochSampler, StatefulLoader
-from lightning_peft.training.data.progress import tracked
 from lightning_peft.training.data.rows import RowStore
 from lightning_peft.training.data.sources import DataFormat, Reader, Row, TextUnit, load_hub
+from lightning_peft.training.data.splits import ENCODERS, SplitReport, Truncation, encode_split
 from lightning_peft.training.data.templates import Task, TextSpec
 from lightning_peft.training.data.tokenization import TextEncoder, Tokenizer
 
@@ -42,25 +32,6 @@ _STAGES: dict[str | None, tuple[str, ...]] = {
     "predict": ("predict",),
     None: ("train", "val", "test", "predict"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class SplitReport:
-    """What became of one split.
-
-    Attributes:
-        rows: examples (blocks if packed).
-        cut: rows that were shortened to ``max_length``.
-        dropped: rows left out because they were too long.
-        tokens: input tokens.
-        labelled: tokens, or rows, with loss; None where the collator draws them (masked LM) or there are none.
-    """
-
-    rows: int
-    cut: int
-    dropped: int
-    tokens: int
-    labelled: int | None
 
 
 class PEFTDataModule(pl.LightningDataModule):
@@ -86,7 +57,8 @@ class PEFTDataModule(pl.LightningDataModule):
         text_column: text to read; for token_classification the words (a list, or a text split at white space).
         text_pair_column: second text of a sequence_classification pair.
         prompt: template with columns in braces, such as "Classify: {text}\nAnswer:", with loss on the completion only.
-        completion: column or template to be written after the prompt, such as " {label}"; for seq2seq_lm the target.
+        completion: column or template to be written after the prompt, such as " {label}"; for seq2seq_lm the target. How a choice is
+            written in multiple_choice, such as " {choice}"; None writes it as it is.
         chat_template: put the prompt into a user's turn and the completion into the assistant's turn.
         system_prompt: system message before them.
         messages_column: column with conversations (lists of role and content); loss on the assistant's turns only.
@@ -94,6 +66,9 @@ class PEFTDataModule(pl.LightningDataModule):
         labels: allowed labels in the order of their class indices; None takes the sorted labels of the training data.
             With a completion made of the label they become the fixed answers of evaluation.
         label_names: names to use instead of the values in the label column, such as {"0": "ham", "1": "spam"}.
+        choices: multiple_choice and seq2seq_multiple_choice: the choices, one for each label in their order, such as ["no", "yes"]
+            for the labels ham and spam; None takes the labels themselves. Or the column with each row's own list of choices; label_column
+            then holds the index of the right one, from 0, or its text.
         max_length: longest sequence in tokens.
         truncation: a row longer than max_length is an error, is dropped, or is cut at the left or right; only texts
             from columns are cut, the longest first, never a completion or the words of a template. Counted and reported.
@@ -141,8 +116,9 @@ class PEFTDataModule(pl.LightningDataModule):
         label_column: str = "label",
         labels: list[str | int] | None = None,
         label_names: dict[str, str] | None = None,
+        choices: list[str] | str | None = None,
         max_length: int = 512,
-        truncation: Literal["error", "drop", "left", "right"] = "error",
+        truncation: Truncation = "error",
         packing: bool = False,
         mlm_probability: float = 0.15,
         whole_word_masking: bool = True,
@@ -173,6 +149,7 @@ class PEFTDataModule(pl.LightningDataModule):
             messages_column=messages_column,
             label_column=label_column,
             labels=tuple(names) if names is not None else None,
+            choices=tuple(map(str, choices)) if isinstance(choices, (list, tuple)) else choices,
         )
         if task not in ENCODERS:
             raise ConfigError(f"unknown task {task!r}; tasks: {', '.join(ENCODERS)}.{did_you_mean(task, ENCODERS)}")
@@ -210,7 +187,7 @@ class PEFTDataModule(pl.LightningDataModule):
         self.mlm_probability, self.whole_word_masking = mlm_probability, whole_word_masking
         self.seed = seed
         self.eval_prompts = self.spec.fixed_answers if eval_prompts is None else eval_prompts
-        if self.eval_prompts and self.spec.completion is None and messages_column is None:
+        if self.eval_prompts and (self.spec.has_choices or (self.spec.completion is None and messages_column is None)):
             raise ConfigError("eval_prompts needs a completion or messages_column: there is nothing to generate.")
         self.batch_size, self.length_grouped = batch_size, length_grouped
         self.pad_to_multiple_of, self.num_workers, self.pin_memory = pad_to_multiple_of, num_workers, pin_memory
@@ -316,41 +293,10 @@ class PEFTDataModule(pl.LightningDataModule):
         return ENCODERS[self.spec.task](self.spec, text, labels=self.labels, max_length=self.max_length, side=side)
 
     def _encode(self, split: str, rows: Sequence[Row], text: TextEncoder) -> list[Example]:
-        """Tokenise a split and report what was cut or dropped."""
-        encoder, examples = self._encoder(text), []
-        too_long: list[tuple[int, TooLong]] = []
         bar = self.trainer is None or (self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None)
-        for number, row in enumerate(tracked(rows, f"Tokenizing {split}", len(rows), visible=bar)):
-            try:
-                examples.append(encoder.encode(row, target=split != "predict"))
-            except TooLong as error:
-                too_long.append((number, error))
-            except DataError as error:
-                raise DataError(f"{split}, row {number}: {error}") from error
-        if too_long and (self.truncation != "drop" or split == "predict"):
-            number, worst = max(too_long, key=lambda item: item[1].length)
-            why = "even without the text that may be cut" if worst.fixed else f"and truncation is {self.truncation!r}"
-            remedy = "raise max_length or set truncation to drop" + ("" if worst.fixed else ", left or right")
-            raise DataError(
-                f"{len(too_long)} of {len(rows)} rows of {split} are longer than max_length={self.max_length} {why} "
-                f"(row {number}: {worst.length} tokens): {remedy}."
-            )
-        if self.packing and split == "train":
-            examples = pack(examples, self.max_length)
-        if not examples:
-            raise DataError(f"no row of {split} is left: all {len(rows)} are longer than max_length={self.max_length}.")
-        report = SplitReport(
-            rows=len(examples),
-            cut=encoder.cut,
-            dropped=len(too_long),
-            tokens=sum(len(example.input_ids) for example in examples),
-            labelled=_count_labels(examples),
-        )
-        self.reports[split] = report
-        labelled = "" if report.labelled is None else f", {report.labelled:,} labels"
-        rank_zero_info(
-            f"Data: {split} {report.rows:,} rows, {report.tokens:,} tokens{labelled}; "
-            f"longer than {self.max_length} tokens: {report.cut} cut, {report.dropped} dropped (truncation={self.truncation})."
+        packing = self.packing and split == "train"
+        examples, self.reports[split] = encode_split(
+            split, rows, self._encoder(text), truncation=self.truncation, packing=packing, visible=bar
         )
         return examples
 
@@ -368,6 +314,9 @@ class PEFTDataModule(pl.LightningDataModule):
             return CausalCollator(text, prompts=prompts, answers=answers, multiple_of=multiple)
         if task == "seq2seq_lm":
             return Seq2SeqCollator(text, prompts=prompts, answers=answers, multiple_of=multiple)
+        if self.spec.has_choices:
+            chooses = CausalChoiceCollator if task == "multiple_choice" else ChoiceCollator
+            return chooses(text, texts=split == "predict", multiple_of=multiple)
         if task == "masked_lm":
             return MaskedCollator(
                 text,
@@ -377,11 +326,8 @@ class PEFTDataModule(pl.LightningDataModule):
                 mask=split != "predict",
                 multiple_of=multiple,
             )
-        return (
-            ClassCollator(text, multiple_of=multiple)
-            if task == "sequence_classification"
-            else TokenLabelCollator(text, multiple_of=multiple)
-        )
+        kind = ClassCollator if task == "sequence_classification" else TokenLabelCollator
+        return kind(text, multiple_of=multiple)
 
     def _loader(self, split: str, *, shuffle: bool = False) -> StatefulLoader:
         examples = self.dataset(split)
@@ -397,13 +343,6 @@ class PEFTDataModule(pl.LightningDataModule):
             length_grouped=self.length_grouped and split != "predict",  # predictions keep the order of the data
         )
         return StatefulLoader(examples, self._collator(split), sampler, num_workers=self.num_workers, pin_memory=self.pin_memory)
-
-
-def _count_labels(examples: Sequence[Example]) -> int | None:
-    labels = [example.labels for example in examples if example.labels is not None]
-    if not labels:
-        return None
-    return sum(1 if isinstance(label, int) else len(label) - label.count(IGNORE) for label in labels)
 
 
 def _load_tokenizer(name: str) -> Tokenizer:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lightning_peft.errors import DataError
 from lightning_peft.nn.chunked_loss import IGNORE
 from lightning_peft.training.data.sources import Row
-from lightning_peft.training.data.templates import Task, TextSpec, cell, split_words
+from lightning_peft.training.data.templates import TextSpec, cell, split_words
 from lightning_peft.training.data.tokenization import FIXED, Span, TextEncoder, Tokens, keep_positions
 
 TruncationSide = Literal["left", "right"]
@@ -34,7 +34,9 @@ class Example:
         token_type_ids: (length,), if the tokenizer has them.
         word_ids: (length,), -1 for specials; masked LM only.
         answer: the text to be generated, if it is known.
-        answer_label: its index among the fixed answers, -100 if there are none.
+        answer_label: its index among the fixed answers or the choices, -100 if there are none or it is not known.
+        choices: the tokens of each answer choice; multiple choice only.
+        texts: their texts.
     """
 
     input_ids: Ints[int]
@@ -44,6 +46,8 @@ class Example:
     word_ids: Ints[int] | None = None
     answer: str | None = None
     answer_label: int = IGNORE
+    choices: tuple[Ints[int], ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 class TooLong(Exception):
@@ -280,15 +284,6 @@ class Seq2SeqEncoder(EncoderOnlyEncoder):
         """Return the decoder's labels for a target: the tokenizer's encoding, with EOS at its end."""
         ids = list(self.text.tokenizer(text_target=answer, add_special_tokens=True)["input_ids"])
         return ids if ids and ids[-1] == self.text.require_eos() else [*ids, self.text.require_eos()]
-
-
-ENCODERS: dict[Task, type[RowEncoder]] = {
-    "causal_lm": CausalEncoder,
-    "masked_lm": EncoderOnlyEncoder,
-    "seq2seq_lm": Seq2SeqEncoder,
-    "sequence_classification": EncoderOnlyEncoder,
-    "token_classification": TokenClassificationEncoder,
-}
 
 
 def pack(examples: Sequence[Example], length: int) -> list[Example]:

@@ -188,7 +188,8 @@ class StatefulLoader:
     def _checksum(self) -> int:
         checksum = 0
         for example in self.dataset:
-            checksum = zlib.crc32(example.input_ids.tobytes(), checksum)
+            for ids in (example.input_ids, *example.choices):
+                checksum = zlib.crc32(ids.tobytes(), checksum)
         return checksum
 
     def _identity(self) -> dict[str, int | bool]:

@@ -50,7 +50,7 @@ class RowStore:
             raise ConfigError(
                 f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} must be >= 0 and sum to < 1."
             )
-        if self.few_shot is not None and (self.few_shot < 1 or self._tagged):
+        if self.few_shot is not None and (self.few_shot < 1 or self._tagged or self.spec.choices_column):
             raise ConfigError(f"few_shot={self.few_shot} must be >= 1 and needs one label per row.")
         if self.predict_path is not None and self.predict_texts is not None:
             raise ConfigError("give predict_path or predict_texts, not both.")

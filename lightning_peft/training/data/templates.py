@@ -10,7 +10,17 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.training.data.sources import Row
 from lightning_peft.training.data.tokenization import Span
 
-Task = Literal["causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"]
+Task = Literal[
+    "causal_lm",
+    "masked_lm",
+    "seq2seq_lm",
+    "multiple_choice",
+    "seq2seq_multiple_choice",
+    "sequence_classification",
+    "token_classification",
+]
+CHOICE = "choice"
+"""What stands for an answer choice in the completion of a multiple-choice task."""
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -77,9 +87,11 @@ class TextSpec:
     messages_column: str | None = None
     label_column: str = "label"
     labels: tuple[str, ...] | None = None
+    choices: tuple[str, ...] | str | None = None
 
     def __post_init__(self) -> None:
-        generative = self.task in ("causal_lm", "seq2seq_lm")
+        causal, chooses = self.task in ("causal_lm", "multiple_choice"), self.has_choices
+        generative = chooses or self.task in ("causal_lm", "seq2seq_lm")
         rules = [
             (self.messages_column and self.task != "causal_lm", "messages_column needs task causal_lm"),
             (self.messages_column and (self.prompt or self.completion), "give messages_column or prompt, not both"),
@@ -90,11 +102,25 @@ class TextSpec:
                 self.task == "token_classification" and self.prompt,
                 "task token_classification reads words, not a prompt",
             ),
-            (self.chat_template and not (self.prompt and self.task == "causal_lm"), "chat_template needs a prompt"),
+            (self.chat_template and not (self.prompt and causal), "chat_template needs a prompt"),
             (self.system_prompt and not self.chat_template, "system_prompt needs chat_template"),
             (
                 self.text_pair_column and (self.task != "sequence_classification" or self.prompt),
                 "text_pair_column needs task sequence_classification without a prompt",
+            ),
+            (self.choices is not None and not chooses, f"task {self.task} has no choices"),
+            (
+                not isinstance(self.choices, str) and any(not choice.strip() for choice in self.choices or ()),
+                f"a choice of {self.choices} is blank",
+            ),
+            (
+                (self.choices_column or "").startswith("["),
+                f"choices={self.choices!r} is no column; quote the words of a list, since YAML takes no and yes for truth values",
+            ),
+            (self.labels and self.choices_column, "labels are for fixed choices; those of a column belong to their row"),
+            (
+                chooses and template_columns(self.completion_template or "") not in ([], [CHOICE]),
+                f"with task {self.task} the completion may only name {{{CHOICE}}}",
             ),
         ]
         for broken, rule in rules:
@@ -114,13 +140,27 @@ class TextSpec:
     @property
     def completion_template(self) -> str | None:
         """The completion as a template; a bare column name means that column."""
+        if self.completion is None and self.has_choices:
+            return "{" + CHOICE + "}"
         if self.completion is None or "{" in self.completion:
             return self.completion
         return "{" + self.completion + "}"
 
     @property
+    def has_choices(self) -> bool:
+        """Whether one of several answer choices is right."""
+        return self.task in ("multiple_choice", "seq2seq_multiple_choice")
+
+    @property
+    def choices_column(self) -> str | None:
+        """The column that holds each row's own choices."""
+        return self.choices if isinstance(self.choices, str) else None
+
+    @property
     def uses_label(self) -> bool:
         """Whether the label column is read and checked."""
+        if self.has_choices:
+            return self.choices_column is None
         if self.task in ("sequence_classification", "token_classification"):
             return True
         return self.completion is not None and self.label_column in template_columns(self.completion_template or "")
@@ -128,11 +168,16 @@ class TextSpec:
     @property
     def fixed_answers(self) -> bool:
         """Whether every completion is one of a few known answers, so that labels can be scored or compared."""
-        return self.labels is not None and self.uses_label and self.completion is not None
+        return self.labels is not None and self.uses_label and self.completion is not None and not self.has_choices
 
     @property
     def input_columns(self) -> list[str]:
         """The columns needed to predict."""
+        return [*self.text_columns, *([self.choices_column] if self.choices_column else [])]
+
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns with what is read."""
         if self.messages_column is not None:
             return [self.messages_column]
         if self.prompt is not None:
@@ -142,6 +187,8 @@ class TextSpec:
     @property
     def target_columns(self) -> list[str]:
         """The columns needed to train and evaluate on top of :attr:`input_columns`."""
+        if self.has_choices:
+            return [self.label_column]
         if self.completion is not None:
             return template_columns(self.completion_template or "")
         return [self.label_column] if self.uses_label else []
@@ -156,7 +203,7 @@ class TextSpec:
 
     def is_blank(self, row: Row, *, target: bool) -> bool:
         """Whether a row has nothing to read, or nothing to write where ``target`` asks for it."""
-        columns = [self.input_columns]
-        if target and self.completion is not None:
+        columns = [self.text_columns]
+        if target and (self.completion is not None or self.has_choices):
             columns.append(self.target_columns)
-        return any(all(not row.get(name) or not cell(row, name).strip() for name in group) for group in columns)
+        return any(all(row.get(name) in ([], ()) or not cell(row, name).strip() for name in group) for group in columns)
