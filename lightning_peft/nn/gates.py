@@ -10,13 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.nn.adapter import AdapterModule, BaseLayer, BuildContext, LayerSpec, fill_kaiming, fill_normal
+from lightning_peft.nn.adapter import AdapterModule, BaseLayer, BuildContext, fill_kaiming, fill_normal
 from lightning_peft.types import stable_seed
 
 GateKind = Literal["input", "static"]
@@ -143,21 +143,14 @@ class GatedAdapter(AdapterModule):
 
 
 class NotedLayer:
-    """A layer that knows which input gave which output."""
+    """A layer that knows which input gave which output; all else of it is the layer's own."""
 
     def __init__(self, base: BaseLayer) -> None:
         self._base = base
         self._runs: list[tuple[Tensor, Tensor]] = []
 
-    @property
-    def spec(self) -> LayerSpec:
-        """As of the layer."""
-        return self._base.spec
-
-    @property
-    def pass_number(self) -> int | None:
-        """As of the layer."""
-        return self._base.pass_number
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
 
     def __call__(self, x: Tensor, /) -> Tensor:
         """Run the layer."""
@@ -168,21 +161,3 @@ class NotedLayer:
     def input_of(self, y: Tensor) -> Tensor | None:
         """Return what the layer was given when it gave the tensor ``y``, None if it did not."""
         return next((x for x, out in self._runs if out is y), None)
-
-    def weight(self) -> Tensor:
-        """As of the layer."""
-        return self._base.weight()
-
-    def along_channels(self, values: Tensor) -> Tensor:
-        """As of the layer."""
-        return self._base.along_channels(values)
-
-    def low_rank(
-        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float = 1.0, dropout: float = 0.0, gain: Tensor | None = None
-    ) -> Tensor:
-        """As of the layer."""
-        return self._base.low_rank(x, A, B, scaling=scaling, dropout=dropout, gain=gain)
-
-    def full_rank(self, x: Tensor, delta: Tensor, *, dropout: float = 0.0) -> Tensor:
-        """As of the layer."""
-        return self._base.full_rank(x, delta, dropout=dropout)

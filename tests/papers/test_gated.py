@@ -17,6 +17,7 @@ from lightning_peft.strategies.reparameterized.dylora import RandomRanks
 from lightning_peft.surgery.prefixes import PrefixTap
 from lightning_peft.surgery.recompute import GradientCheckpointing, checkpoint_blocks
 from tests.backbones import BACKBONES, DIM, flat, loss_of, run
+from tests.contract.cases import install as contract_install
 from tests.papers.toys import D, install, randomize
 
 
@@ -272,6 +273,33 @@ def test_the_schedule_of_a_gated_part_finds_its_adapters() -> None:
     assert schedule.adapters == [handle.entries[0].adapter.adapter]
     again = copy.deepcopy(model)
     assert torch.equal(again(torch.ones(2, 6)), model(torch.ones(2, 6)))
+
+
+GATED = {
+    "dora", "dylora", "houlsby", "hra", "ia3", "loha", "lokr", "lora", "lora_fa", "lora_plus", "magnitude_mask", "mora", "oft", "pfeiffer",
+    "random_mask", "relora", "remora", "ssf", "vera", "fish", "adalora", "parallel_adapter", "compacter", "compacter_plus_plus",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(GATED))
+def test_a_gain_of_1_is_the_part_and_of_0_the_base(name: str) -> None:
+    backbone, record = BACKBONES["bert"], lp.get_method(name)
+    linear = {"targets": "all-linear"} if "norm" in record.layer_kinds else {}  # norms change their weight, which has no gain
+    part = lp.resolve({"class_path": name, "init_args": {**record.example, **linear}})
+
+    def outputs(strategy: lp.PEFTStrategy, gain: float | None = None) -> Tensor:
+        model = backbone.fresh(D)
+        handle = contract_install(model, strategy, backbone.batch(D))
+        if gain is not None:
+            fix(handle, gain)
+            handle.slots = [s for s in handle.slots if not isinstance(s.owner, Gate)]
+        randomize(handle, 0.1)
+        return run(model, backbone.batch(D))
+
+    base, changed = run(backbone.fresh(D), backbone.batch(D)), outputs(part)
+    assert not torch.allclose(changed, base)
+    torch.testing.assert_close(outputs(lp.Gated(part=part), 1.0), changed)
+    torch.testing.assert_close(outputs(lp.Gated(part=part), 0.0), base)
 
 
 def test_what_cannot_be_gated_is_refused() -> None:

@@ -6,17 +6,14 @@ Gates of UniPELT: Mao et al. 2022, "UniPELT: A Unified Framework for Parameter-E
 
 from __future__ import annotations
 
-import copy
 import functools
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from lightning_peft.errors import ConfigError
-from lightning_peft.nn.gates import Gate, GatedAdapter, GateKind, build_gate
-from lightning_peft.quantization.config import Scheme
-from lightning_peft.strategies.registry import register, resolve
+from lightning_peft.nn.gates import Gate, GateKind, build_gate
+from lightning_peft.strategies.hybrid.wrapping import Wrapping
+from lightning_peft.strategies.registry import register
 from lightning_peft.strategies.schedule import Schedule
-from lightning_peft.strategies.strategy import PEFTStrategy, require
+from lightning_peft.strategies.strategy import require
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan
 from lightning_peft.surgery.handle import Handle, Slot
@@ -30,7 +27,7 @@ from lightning_peft.surgery.handle import Handle, Slot
     example={"part": {"class_path": "PfeifferAdapter", "init_args": {"width": 4, "activation": "gelu"}}},
 )
 @dataclass(frozen=True, kw_only=True)
-class Gated(PEFTStrategy):
+class Gated(Wrapping):
     """A strategy with one gate for each of its adapters. Its adapters join the forward of a layer, or are prefixes.
 
     With ``gate="input"`` the gain of an example is a mean over all its positions, padding included. So in a causal model what a position
@@ -43,46 +40,19 @@ class Gated(PEFTStrategy):
         gate_std: Standard deviation of an input gate's weights at the start, with bias 0; None for weights and bias like ``nn.Linear``.
     """
 
-    part: PEFTStrategy | str | dict[str, Any]
     gate: GateKind = "input"
     gate_std: float | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "part", resolve(self.part))
-        super().__post_init__()
-
     def validate(self) -> None:
+        super().validate()
         require(self.gate_std is None or self.gate_std > 0, self, "gate_std", "it must be positive")
-        if self.targets is not None:
-            raise ConfigError("Gated: `targets` belongs to the part.")
-
-    @property
-    def inner(self) -> PEFTStrategy:
-        """The resolved part."""
-        assert isinstance(self.part, PEFTStrategy)
-        return self.part
-
-    @property
-    def identity_at_init(self) -> bool:
-        return self.inner.identity_at_init
-
-    @property
-    def base_quantization(self) -> Scheme | None:
-        return self.inner.base_quantization
-
-    def check_base(self, anatomy: Anatomy) -> None:
-        self.inner.check_base(anatomy)
 
     def plan(self, anatomy: Anatomy) -> Plan:
         gate = functools.partial(build_gate, kind=self.gate, std=self.gate_std)
         return self.inner.plan(anatomy).changed(lambda edit: edit.gated(gate, anatomy))
 
     def schedule(self, handle: Handle) -> Schedule:
-        view = copy.copy(handle)
-        view.entries = [
-            replace(e, adapter=e.adapter.adapter) if isinstance(e.adapter, GatedAdapter) else e for e in handle.entries
-        ]
-        return self.inner.schedule(view)
+        return self.inner.schedule(self.unwrapped(handle))
 
     def group_options(self, slot: Slot) -> dict[str, float]:
         return {"weight_decay": 0.0} if isinstance(slot.owner, Gate) else self.inner.group_options(slot)

@@ -14,10 +14,10 @@ from torch import Tensor, optim
 
 from lightning_peft.errors import ConfigError, ConflictError, MergeError
 from lightning_peft.nn.mixture import Clock, MixedAdapter, build_mixed, consistency
-from lightning_peft.quantization.config import Scheme
 from lightning_peft.strategies.additive.houlsby import HoulsbyAdapter
+from lightning_peft.strategies.hybrid.wrapping import Wrapping
 from lightning_peft.strategies.install import reinstall
-from lightning_peft.strategies.registry import register, resolve
+from lightning_peft.strategies.registry import register
 from lightning_peft.strategies.schedule import Schedule, SecondPass
 from lightning_peft.strategies.strategy import PEFTStrategy, require
 from lightning_peft.surgery.anatomy import Anatomy, anatomy_of
@@ -34,7 +34,7 @@ from lightning_peft.surgery.handle import Handle, Slot, handles
     example={"part": {"class_path": "LoRA", "init_args": {"rank": 2}}, "experts": 2},
 )
 @dataclass(frozen=True, kw_only=True)
-class Mixture(PEFTStrategy):
+class Mixture(Wrapping):
     """Copies of the two projections of every adapter: those of LoRA, and of the bottleneck adapters.
 
     In training each optimizer step draws one copy of each projection for each layer, the same for all batches that it accumulates and on
@@ -50,46 +50,23 @@ class Mixture(PEFTStrategy):
             position in a tuple such as ``"0"``, or ``"."`` for all of it.
     """
 
-    part: PEFTStrategy | str | dict[str, Any]
     experts: int = 4
     sharing_up: bool = True
     consistency: float = 1.0
     outputs: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "part", resolve(self.part))
-        super().__post_init__()
-
     def validate(self) -> None:
+        super().validate()
         require(self.experts >= 1, self, "experts", "it must be at least 1")
         require(0 <= self.consistency < float("inf"), self, "consistency", "it must be at least 0 and finite")
-        if self.targets is not None:
-            raise ConfigError(f"{type(self).__name__}: `targets` belongs to the part.")
         if type(self.inner).schedule is not PEFTStrategy.schedule:
             raise ConfigError(
                 f"{type(self).__name__}: {type(self.inner).__name__} has a schedule of its own, so it cannot be mixed."
             )
 
     @property
-    def inner(self) -> PEFTStrategy:
-        """The resolved part: the plain strategy that is deployed."""
-        assert isinstance(self.part, PEFTStrategy)
-        return self.part
-
-    @property
     def mergeable(self) -> bool:
         return self.inner.mergeable
-
-    @property
-    def identity_at_init(self) -> bool:
-        return self.inner.identity_at_init
-
-    @property
-    def base_quantization(self) -> Scheme | None:
-        return self.inner.base_quantization
-
-    def check_base(self, anatomy: Anatomy) -> None:
-        self.inner.check_base(anatomy)
 
     def plan(self, anatomy: Anatomy) -> Plan:
         mix = functools.partial(build_mixed, experts=self.experts, sharing_up=self.sharing_up)
