@@ -169,7 +169,7 @@ class LoRAFormat(LayerFormat):
         ranks, alphas = per_layer(file, sites)
         names = {there: ours for ours, there in BIAS.items()}
         bias = config.get("bias", "none")
-        if bias not in names:
+        if not isinstance(bias, str) or bias not in names:
             raise FormatError(f"{where}: bias={bias!r} is none of {', '.join(names)}.")
         for site in sites:
             path = address(site)

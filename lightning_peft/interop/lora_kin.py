@@ -72,8 +72,10 @@ class AdaLoRAFormat(LayerFormat):
         pattern = file.config.get("rank_pattern")
         if pattern is None:
             return super().state(file, part, anatomy)
+        if not isinstance(pattern, dict):
+            raise FormatError(f"{file.where}: rank_pattern={str(pattern)[:100]!r} is no mapping.")
         rank, layers = part.strategy.initial_rank, {}
-        masks = {str(key).removesuffix(".default").removesuffix(".lora_E"): mask for key, mask in dict(pattern).items()}
+        masks = {str(key).removesuffix(".default").removesuffix(".lora_E"): mask for key, mask in pattern.items()}
         for path, given in file.layers.items():
             mask = masks.get(path)
             if not isinstance(mask, list) or len(mask) != rank or not all(type(kept) is bool for kept in mask):
@@ -149,7 +151,7 @@ class MoRAFormat(LoRAFormat):
         config, where = file.config, file.where
         if config.get("use_dora") or config.get("rank_pattern"):
             raise CompatibilityError(f"{where}: use_mora together with DoRA or rank_pattern is no file of the fork.")
-        bias = {there: ours for ours, there in BIAS.items()}.get(config.get("bias", "none"), "none")
+        bias = {there: ours for ours, there in BIAS.items()}.get(str(config.get("bias", "none")), "none")
         rank, alpha = integer(config.get("r", 8), "r", where), number(config.get("lora_alpha", 8), "lora_alpha", where)
         return {"rank": rank, "alpha": alpha, "bias": bias, "mora_type": config.get("mora_type", 1)}
 

@@ -56,6 +56,13 @@ class VeRAFormat(LayerFormat):
         shared = {f"base_model.{s.attribute}": s.tensor().detach() for s in handle.slots if s.attribute in ("vera_A", "vera_B")}
         return Written(written.config | {"save_projection": True}, written.tensors | shared)
 
+    def args(self, file: Parsed, sites: list[Site], anatomy: Anatomy) -> dict[str, Any]:
+        rank = integer(file.config.get("r", 256), "r", file.where)
+        for path, tensors in file.layers.items():  # before projections of this rank are made
+            if "vera_lambda_d" in tensors and tuple(tensors["vera_lambda_d"].shape) != (rank,):
+                raise CompatibilityError(f"{file.where}: '{path}' was not made with r={rank}, which the config says.")
+        return {"rank": rank}
+
     def takes(self, file: Parsed, key: str) -> bool:
         return key in ("base_model.vera_A", "base_model.vera_B")
 

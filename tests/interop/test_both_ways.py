@@ -36,7 +36,7 @@ TYPES: dict[str, tuple[str, tuple[str, ...], dict]] = {
     "ln": ("LNTuningConfig", ALL, {}),
     "prompt": ("PromptTuningConfig", ("llama", "gpt2", "t5"), {"num_virtual_tokens": 3}),
     "p_tuning": ("PromptEncoderConfig", ("llama", "gpt2", "t5"), {"num_virtual_tokens": 3, "encoder_hidden_size": 8}),
-    "prefix": ("PrefixTuningConfig", ("llama", "gpt2"), {"num_virtual_tokens": 3}),
+    "prefix": ("PrefixTuningConfig", ("llama", "gpt2", "bert"), {"num_virtual_tokens": 3}),
     "prefix_mlp": (
         "PrefixTuningConfig",
         ("llama",),

@@ -149,6 +149,25 @@ def test_adalora_cut_to_its_ranks(tmp_path: Path) -> None:
     assert_same_tensors(tmp_path / "ours", tmp_path / "again")
 
 
+def test_adalora_that_hf_has_cut(tmp_path: Path) -> None:
+    theirs: Any = hf_model(Case("llama", "AdaLoraConfig", {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}))
+    pattern: dict[str, list[bool]] = {}
+    for i, (path, module) in enumerate((p, m) for p, m in theirs.base_model.model.named_modules() if hasattr(m, "ranknum")):
+        kept = [(i + j) % 3 != 0 for j in range(4)]
+        pattern[f"{path}.lora_E.default"] = kept
+        with torch.no_grad():
+            module.lora_E["default"][[not k for k in kept]] = 0
+    expected = logits(theirs, "llama")
+    theirs.peft_config["default"].rank_pattern = pattern
+    hf_save(theirs, tmp_path / "theirs")
+    model = fresh("llama")
+    handle = load_hf(model, tmp_path / "theirs")
+    close(logits(model, "llama"), expected)
+    save_hf(handle, tmp_path / "ours")
+    assert_same_tensors(tmp_path / "theirs", tmp_path / "ours")
+    assert config_of(tmp_path / "ours")["rank_pattern"] == config_of(tmp_path / "theirs")["rank_pattern"]
+
+
 class Nets(nn.Module):
     """Convolutions of one and two dimensions, without groups or dilation, which HF computes differently."""
 
