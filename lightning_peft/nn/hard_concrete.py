@@ -81,6 +81,11 @@ class GatedDifference(MergeableModule):
         z = gate(entry, noise[0])
         return self.diff_w * (z if group is None else z * self._spread(gate(group, noise[1])))
 
+    @property
+    def fixed(self) -> bool:
+        """Every gate is open or closed for good."""
+        return bool((self.diff_alpha.detach().abs() >= OPEN).all())
+
     def open_gates(self) -> Tensor:
         """Return the expected number of entries whose gates are open, a scalar: Σ P(z > 0) P(z_g > 0)."""
         entry, group = open_probability(self.diff_alpha), self.diff_alpha_group

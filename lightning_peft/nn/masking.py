@@ -54,6 +54,8 @@ class Mask(nn.Module):
     """``values`` (k,) and ``indices`` (k,): the changes of k entries, and which ones they are among all entries of all segments.
 
     A segment is a weight, flattened as (out, in), or a bias. The indices ascend, so that each segment has a stretch of both tensors.
+    Both have their shapes before anything is chosen: a file needs no data to load, and a plan no values to be costed. The price is a
+    gradient that autograd puts together from one vector of length k for each layer, little at the shares that the papers use.
 
     Args:
         context: dtype, device and seed.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import lightning_peft as lp
 from lightning_peft.errors import ConfigError
 from lightning_peft.nn.hard_concrete import CLOSED, HIGH, LOW, OPEN, GatedDifference, gate, open_probability
+from lightning_peft.strategies.schedule import Schedule
 from tests.backbones import BACKBONES, flat, loss_of, run
 from tests.papers.toys import D, X, install, mlp, randomize
 
@@ -239,6 +240,38 @@ def test_a_finished_adapter_loads_and_is_sparse(tmp_path: Any) -> None:
     loaded = lp.load_adapter(fresh, tmp_path / "a")
     assert torch.equal(fresh.eval()(X), model.eval()(X))
     assert sum(int((a.difference() != 0).sum()) for a in adapters(loaded)) == round(0.05 * ENTRIES)
+
+
+@BOTH
+def test_finish_leaves_the_kept_entries_only(structured: bool, tmp_path: Any) -> None:
+    model = mlp()
+    handle = install(model, strategy(structured=structured))
+    optimizer = torch.optim.AdamW(handle.trainable_parameters(), lr=1e-2)
+    schedule = handle.strategy.schedule(handle)
+    schedule.on_start(4)
+    train(model, handle, schedule, optimizer, 1)
+    with pytest.raises(ConfigError, match="not pruned yet"):
+        handle.strategy.finish(handle)
+    train(model, handle, schedule, optimizer, 3)
+    with pytest.raises(ConfigError, match="not of this strategy"):
+        lp.DiffPruning().finish(handle)
+    expected = model.eval()(X)
+    sparse = handle.strategy.finish(handle)
+    assert lp.handles(model) == {"default": sparse}
+    torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
+    count = round(0.05 * ENTRIES)
+    assert {k: tuple(v.shape) for k, v in sparse.state_dict().items()} == {
+        "shared-mask.values": (count,),
+        "shared-mask.indices": (count,),
+    }
+    lp.save_adapter(sparse, tmp_path / "a")
+    fresh = mlp()
+    loaded = lp.load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh(X), model(X))
+    assert type(loaded.strategy.schedule(loaded)) is Schedule
+    assert loaded.strategy.group_options(loaded.slots[0]) == {"weight_decay": 0.0}
+    with pytest.raises(ConfigError, match="for a new run leave finished out"):
+        lp.calibrate(mlp(), loaded.strategy, [X], lambda x: x.sum())
 
 
 def test_stages_that_do_not_fit_are_refused() -> None:

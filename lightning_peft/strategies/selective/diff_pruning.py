@@ -7,20 +7,21 @@ entries of z ⊙ w, which train on (section 3.3). Structured: gates of groups on
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, optim
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.nn.hard_concrete import OPEN, GatedDifference
+from lightning_peft.nn.hard_concrete import GatedDifference
 from lightning_peft.nn.masking import top_entries
+from lightning_peft.strategies.install import LATER, inject, start_from
 from lightning_peft.strategies.registry import register
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.strategies.selective.masks import WholeModel
-from lightning_peft.strategies.strategy import ALL_KINDS, require
+from lightning_peft.strategies.strategy import ALL_KINDS, Calibration, require
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan, adapt
 from lightning_peft.surgery.handle import Handle, Slot
@@ -44,8 +45,8 @@ class DiffPruning(WholeModel):
     Three stages of one run: gates and values train; at the end of this, round(share · N) entries stay, those of the largest change in
     the whole model; these train on, and all others are the base's again, bit for bit. Evaluation uses the gates without noise.
 
-    Memory in training, and the file, are of the size of the adapted weights twice: a value and a gate for each. The finished adapter
-    is the sparse one; ``merge()`` leaves nothing of the rest.
+    Memory in training, and the file of a run, are of the size of the adapted weights twice: a value and a gate for each.
+    :meth:`finish` turns a finished adapter into the few entries that it has kept, which is what to save and share.
 
     Args:
         share: Share of the entries of all adapted weights that change in the end.
@@ -55,6 +56,7 @@ class DiffPruning(WholeModel):
         alpha: Start of the gates' α.
         alpha_lr_scale: Learning rate of the gates, as a multiple of that of the values; the paper's are 0.1 and 1e-5.
         fine_tune: Share of the steps that come after the pruning.
+        finished: The adapter is what :meth:`finish` made; not for a new run.
     """
 
     structured: bool = False
@@ -62,6 +64,7 @@ class DiffPruning(WholeModel):
     alpha: float = 5.0
     alpha_lr_scale: float = 1e4
     fine_tune: float = 0.4
+    finished: bool = False
 
     def validate(self) -> None:
         super().validate()
@@ -72,27 +75,66 @@ class DiffPruning(WholeModel):
 
     def plan(self, anatomy: Anatomy) -> Plan:
         sites = self.sites(anatomy)
-        total = sum(self.segments(sites))
-        if not round(self.share * total):
-            raise ConfigError(
-                f"DiffPruning: share={self.share} of {total:,} entries rounds to none. Raise share, or adapt more layers."
-            )
+        sizes = self.segments(sites)
+        keep = round(self.share * sum(sizes))
+        if self.finished:
+            return self.masked(sites, sizes, keep, None)
+        self.require_some(keep, sizes)
         build = functools.partial(GatedDifference, alpha=self.alpha, structured=self.structured)
         return Plan(tuple(adapt(site, functools.partial(build, biases=self.has_segment(site))) for site in sites))
 
     def schedule(self, handle: Handle) -> Schedule:
-        return Stages(self, handle)
+        return Schedule() if self.finished else Stages(self, handle)
+
+    @property
+    def from_data(self) -> bool:
+        return self.finished  # a finished adapter comes from a run
+
+    def calibrate(self, handle: Handle, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Calibration:
+        raise ConfigError(
+            "DiffPruning(finished=True) is what finish(handle) makes of a trained adapter, and its file brings it; for a new run leave "
+            "finished out."
+        )
+
+    def finish(self, handle: Handle, *, anatomy: Any = None) -> Handle:
+        """Replace a trained adapter by one of the same effect that holds the kept entries only, as index and value.
+
+        Args:
+            handle: The adapter, after the pruning; it is removed.
+            anatomy: As it was given to :func:`lightning_peft.inject`.
+
+        Raises:
+            ConfigError: The adapter is not one of this strategy alone, or its run has not come to the pruning.
+        """
+        adapters = [e.adapter for e in handle.entries if isinstance(e.adapter, GatedDifference)]
+        if handle.strategy != self or self.finished:
+            raise ConfigError(f"DiffPruning.finish: adapter '{handle.name}' is {handle.strategy}, which is not of this strategy.")
+        if not all(adapter.fixed for adapter in adapters):
+            raise ConfigError(
+                f"DiffPruning.finish: adapter '{handle.name}' is not pruned yet. Train to the end of the run first."
+            )
+        with torch.no_grad():
+            kept = torch.cat([adapter.diff_alpha.cpu() > 0 for adapter in adapters])
+            values = torch.cat([adapter.difference().cpu() for adapter in adapters])[kept]
+        dtype: Any = str(values.dtype).removeprefix("torch.")
+        handle.remove()
+        sparse = inject(
+            handle.root, replace(self, finished=True), handle.name, adapter_dtype=dtype, anatomy=anatomy, calibration=LATER
+        )
+        found = {"values": values, "indices": kept.nonzero().flatten()}
+        start_from(sparse, {slot.key: found[slot.attribute] for slot in sparse.slots})
+        return sparse
 
     def group_options(self, slot: Slot) -> dict[str, float]:
         options = super().group_options(slot)
-        return options if slot.attribute == "diff_w" else {**options, "lr_scale": self.alpha_lr_scale}
+        return {**options, "lr_scale": self.alpha_lr_scale} if slot.attribute.startswith("diff_alpha") else options
 
     def may_rest(self, slot: Slot) -> bool:
         # After the pruning gates are open or closed for good, and a tensor may have no entry that was kept.
-        assert isinstance(slot.owner, GatedDifference)
-        alpha = slot.owner.diff_alpha.detach()
-        fixed = bool((alpha.abs() >= OPEN).all())
-        return fixed and (slot.attribute != "diff_w" or not bool((alpha > 0).any()))
+        adapter = slot.owner
+        if not isinstance(adapter, GatedDifference) or not adapter.fixed:
+            return super().may_rest(slot)
+        return slot.attribute != "diff_w" or not bool((adapter.diff_alpha > 0).any())
 
 
 class Stages(Schedule):

@@ -67,6 +67,29 @@ class WholeModel(PEFTStrategy):
         """Return whether the bias of a site takes part."""
         return self.biases and site.spec.has_bias and not site.spec.batch
 
+    def masked(
+        self,
+        sites: tuple[Site, ...],
+        sizes: tuple[int, ...],
+        keep: int | tuple[int, ...],
+        scores: Callable[[int], Iterable[Tensor]] | None,
+    ) -> Plan:
+        """Return the plan in which one mask over all segments has the changes."""
+        self.require_some(keep if isinstance(keep, int) else sum(keep), sizes)
+        edits, segment = [], 0
+        for site in sites:
+            biases = self.has_segment(site)
+            edits.append(adapt(site, functools.partial(MaskedEntries, shared=MASK, segment=segment, biases=biases)))
+            segment += 1 + biases
+        return Plan(tuple(edits), {MASK: functools.partial(Mask, sizes=sizes, keep=keep, scores=scores)})
+
+    def require_some(self, keep: int, sizes: tuple[int, ...]) -> None:
+        """Raise :class:`ConfigError` if the share leaves nothing to train."""
+        if not keep:
+            raise ConfigError(
+                f"{type(self).__name__}: share={self.share} of {sum(sizes):,} entries rounds to none. Raise share, or adapt more layers."
+            )
+
     def group_options(self, slot: Slot) -> dict[str, float]:
         # Decay would pull the changes to 0, which is the base: a penalty on δ, not the usual one on θ.
         return {"weight_decay": 0.0}
@@ -93,17 +116,7 @@ class MaskStrategy(WholeModel):
         keep: int | tuple[int, ...] = round(self.share * sum(sizes))
         if self.per_tensor:
             keep = tuple(round(self.share * size) for size in sizes)
-        if not (keep if isinstance(keep, int) else sum(keep)):
-            raise ConfigError(
-                f"{type(self).__name__}: share={self.share} of {sum(sizes):,} entries rounds to none. Raise share, or adapt more layers."
-            )
-        edits, segment = [], 0
-        for site in sites:
-            biases = self.has_segment(site)
-            edits.append(adapt(site, functools.partial(MaskedEntries, shared=MASK, segment=segment, biases=biases)))
-            segment += 1 + biases
-        scores = self.scores(anatomy, sites, sizes)
-        return Plan(tuple(edits), {MASK: functools.partial(Mask, sizes=sizes, keep=keep, scores=scores)})
+        return self.masked(sites, sizes, keep, self.scores(anatomy, sites, sizes))
 
     @abstractmethod
     def scores(
