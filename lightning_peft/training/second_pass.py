@@ -35,7 +35,16 @@ class Repeater:
         self.term: Tensor | None = None
         self.expecting = self.ran = False
         self.backwards = 0
-        self._hook = None if by_itself else handle.root.register_forward_hook(self._after_forward, with_kwargs=True)
+        # Calls of the root in progress: whether another one ran in it. DDP runs training_step as a call of the LightningModule, which may
+        # be the root, and calls itself in there.
+        self._calls: list[bool] = []
+        root = handle.root
+        self._hooks: list[Any] = []
+        if not by_itself:
+            self._hooks = [
+                root.register_forward_pre_hook(self._before_forward),
+                root.register_forward_hook(self._after_forward, with_kwargs=True),
+            ]
 
     def check(self, trainer: Any, checkpointing: GradientCheckpointing | None) -> None:
         """Refuse what cannot be combined with two passes.
@@ -53,6 +62,7 @@ class Repeater:
     def open(self) -> None:
         """Expect the root to run: a batch begins."""
         self.expecting, self.ran, self.term, self.backwards = True, False, None, 0
+        self._calls.clear()
 
     def take(self, module: pl.LightningModule) -> Tensor | None:
         """Return what is to be added to the loss of this backward; None if it was added before, or by the module itself.
@@ -87,8 +97,15 @@ class Repeater:
             return self.wish.loss(first, again())
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def _before_forward(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        self._calls.append(False)
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _after_forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (self.expecting and root.training and torch.is_grad_enabled() and pass_number() == 0):
+        around_another = self._calls.pop() if self._calls else False
+        if self._calls:
+            self._calls[-1] = True
+        if around_another or not (self.expecting and root.training and torch.is_grad_enabled() and pass_number() == 0):
             return
         rows = _real(kwargs.get("attention_mask"))
         term = self.run(rows(self._logits(output)), lambda: rows(self._logits(root(*args, **kwargs))))
@@ -115,8 +132,8 @@ class Repeater:
 
     def close(self) -> None:
         """Leave nothing on the root."""
-        if self._hook is not None:
-            self._hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
 
 
 def _real(mask: Any) -> Callable[[Tensor], Tensor]:

@@ -300,6 +300,32 @@ def fit_foreign_mixture(kind: str, folder: Path) -> list[float]:
     return [float(x) for tensor in lp.handles(model)["default"].state_dict().values() for x in tensor.flatten()]
 
 
+class Whole(pl.LightningModule):
+    """A project that is its own network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(tiny.VOCABULARY, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids).mean(1))  # type: ignore[no-any-return]
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self(batch["input_ids"]), batch["input_ids"][:, 0] % 3)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01, eps=1e-2)
+
+
+def fit_whole_mixture(kind: str, folder: Path) -> list[float]:
+    """Train a project whose adapted root is the LightningModule itself. Return all trained numbers."""
+    pl.seed_everything(1, verbose=False)
+    peft = lp.PEFTCallback(lp.AdaMix(part=lp.LoRA(rank=2, targets="head"), outputs="."), verbose=False)
+    model = Whole()
+    trainer(kind, folder, peft, max_steps=6).fit(model, loader(kind))
+    return [float(x) for tensor in lp.handles(model)["default"].state_dict().values() for x in tensor.flatten()]
+
+
 def fit_smollm2(kind: str, base: str, folder: Path) -> None:
     """Train the real model for a few steps on ragged rows."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,8 +31,9 @@ def test_processes_without_a_seed_draw_the_same(kind: str, tmp_path: Path) -> No
     assert len(set(map(tuple, one["draws"]))) > 1
 
 
-def test_any_module_under_ddp(tmp_path: Path) -> None:
-    one, other = ranks.run(cases.fit_foreign_mixture, "ddp", tmp_path / "two")
-    (alone,) = ranks.run(cases.fit_foreign_mixture, "single", tmp_path / "one", ranks=1)
+@pytest.mark.parametrize("fit", [cases.fit_foreign_mixture, cases.fit_whole_mixture])
+def test_any_module_under_ddp(fit: Any, tmp_path: Path) -> None:
+    one, other = ranks.run(fit, "ddp", tmp_path / "two")
+    (alone,) = ranks.run(fit, "single", tmp_path / "one", ranks=1)
     assert one == other
     assert max(abs(a - b) for a, b in zip(one, alone, strict=True)) < 1e-5

@@ -39,7 +39,8 @@ class Mixture(Wrapping):
 
     In training each optimizer step draws one copy of each projection for each layer, the same for all batches that it accumulates and on
     all ranks. With ``consistency`` every batch runs a second time, with other copies (and other dropout), and the two outputs are drawn
-    to each other. Evaluation, merging and :meth:`deploy` take the averages.
+    to each other: about twice the time and the activations of a step, of which ``estimate`` counts one pass. Evaluation, merging and
+    :meth:`deploy` take the averages.
 
     Args:
         part: The strategy, its name or a mapping.
