@@ -163,6 +163,7 @@ class Surgery:
                 f"'{entry.path or 'the root'}' is already run by adapter '{owner.name}'; a container has one owner."
             )
         self.undo(stack.discard, self.name)
+        self.undo(setattr, stack, "_ran", stack._ran)  # the stack may be another adapter's
         stack.add(entry)
         entry.conditional = self.anatomy.conditional(entry.path)
         self.handle.entries.append(entry)

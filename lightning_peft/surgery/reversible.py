@@ -38,7 +38,7 @@ from lightning_peft.surgery.halves import SkipTap, skipping
 from lightning_peft.surgery.ports import BodyPort, Port
 from lightning_peft.surgery.recompute import cache_parameters, recomputed_elsewhere, without_cache
 from lightning_peft.surgery.stack import Call, CallAdapter, stack_of
-from lightning_peft.types import in_pieces
+from lightning_peft.types import has_values, in_pieces
 
 Part = Literal["block", "adapter", "attention", "mlp"]
 
@@ -209,7 +209,7 @@ class ReversibleBlock(CallAdapter):
         if run.records():
             args, kwargs = without_cache(self, self.block, self.caches, args, kwargs)
         call = BlockCall(base, self.names, args, kwargs)
-        if not self.compared and not torch.compiler.is_compiling():
+        if not self.compared and not torch.compiler.is_compiling() and has_values(call.x):
             self._compare(call)
         return run.step(self, call)
 

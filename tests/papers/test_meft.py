@@ -438,19 +438,22 @@ def test_bytes_per_added_layer(name: str, variant: int) -> None:
     assert of(13, method(variant, anchor_every=100)) == of(7, method(variant, anchor_every=100))  # independent of the depth
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_estimate_knows_the_anchors(name: str) -> None:
+@pytest.mark.parametrize(("name", "variant"), [("llama", 1), ("t5", 1), ("bert", 3)])
+def test_estimate_knows_the_anchors(name: str, variant: int) -> None:
     from tests.benchmarks.reversible_memory import saved_bytes
 
     model, batch = build(name, 8, torch.float32)
-    strategy = method(1)
-    report = lp.estimate(model, strategy, batch_size=2, sequence_length=7, generate=False)
-    plain = lp.estimate(model, method(1, anchor_every=0), batch_size=2, sequence_length=7, generate=False)
+    strategy = method(variant, check="warn" if name == "t5" else "off")
+    report = lp.estimate(model, method(variant), batch_size=2, sequence_length=7, generate=False)
+    assert lp.estimate(model, strategy, batch_size=2, sequence_length=7, generate=False).activations >= report.activations
+    strategy = method(variant)
+    plain = lp.estimate(model, method(variant, anchor_every=0), batch_size=2, sequence_length=7, generate=False)
     lp.inject(model, strategy)
     if name == "t5":
         batch = {"input_ids": ids(), "decoder_input_ids": ids()}
     # Besides, what the frames of the forward hold where the head is reached: at most its input and the encoder's output.
-    kept, hidden = saved_bytes(model.train(), {**batch, "use_cache": False}), 2 * 7 * 32 * 4
+    batch |= {} if name == "bert" else {"use_cache": False}  # type: ignore[dict-item]
+    kept, hidden = saved_bytes(model.train(), batch), 2 * 7 * 32 * 4
     assert kept <= report.activations <= kept + 2 * hidden
     assert report.activations < 0.4 * plain.activations
     assert report.backward_flops > 1.3 * plain.backward_flops  # every block runs again
@@ -479,6 +482,19 @@ def test_gradient_checkpointing_adds_no_run(variant: int) -> None:
     model.activation_checkpointing_enable()
     with pytest.raises(ConflictError, match="gradient_checkpointing_disable"):
         model(**batch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@VARIANTS
+def test_a_compiled_step_gives_the_same_gradients(variant: int) -> None:
+    model, batch = build("llama", 2)
+    handle = stirred(model.train(), method(variant))
+    batch |= {"use_cache": False}  # type: ignore[dict-item]
+    _, plain = gradients(model, batch, handle.trainable_parameters())
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert difference(gradients(compiled, batch, handle.trainable_parameters())[1], plain) < 1e-10
 
 
 def test_layers_above_the_reversible_ones_keep_their_activations() -> None:
