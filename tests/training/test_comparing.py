@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from lightning_peft.training import comparing
 from lightning_peft.training.cli import main
 from lightning_peft.training.comparison import Comparison, Measured, Run
 from tests.examples.test_scripts import tiny_bert
+from tests.test_readme import README
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,6 +132,31 @@ def test_a_method_by_name_is_the_configs_own_or_the_methods_defaults(config: Pat
     assert settings["bitfit"]["lr"] == "auto"
     assert lp.resolve(settings["wide"]["strategy"]) == lp.LoRA(rank=4)
     assert [run.settings["seed_everything"] for run in runs] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("name", ["compare_tweets", "compare_sms"])
+def test_the_sweeps_are_whole_and_compare_with_a_head_alone(name: str, config: Path, tmp_path: Path) -> None:
+    """Parsed as they stand, on a tiny base; nothing runs."""
+    file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    written = yaml.safe_load(file.read_text())
+    rows = [("text", "label"), *((f"call {n}", label) for n in range(8) for label in written["model"]["labels"])]
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    tiny = {
+        "model.base": config.parent / "bert",
+        "data.data_path": tmp_path / "rows.csv",
+        "data.few_shot": 2,
+        "data.val_fraction": 0.2,
+    }
+    planned = comparing.plan(["--config", str(file), *(f"--{option}={value}" for option, value in tiny.items())])
+    assert planned.options.seeds == [0, 1, 2]
+    assert planned.options.baseline == planned.runs[0].name == "head"
+    assert len({run.settings["trainer"]["max_steps"] for run in planned.runs}) == 1
+    assert [run.name for run in planned.runs[: len(planned.runs) // 3]] == list(written["compare"]["strategies"])
+    if name == "compare_tweets":  # every method that has a share of MiniLM in the README's table
+        table = re.findall(r"^\| `(\w+)` \| `lp\.(?:[^|]*\|){4} ([^|]+) \|", README, re.MULTILINE)
+        assert {method for method, share in table if share != "–"} - set(written["compare"]["strategies"]) == set()
+        assert len(table) > 30
 
 
 def section(config: Path, folder: Path, **strategies: Any) -> list[str]:
