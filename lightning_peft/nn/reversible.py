@@ -27,6 +27,7 @@ from lightning_peft.types import has_values
 Half = Callable[[Tensor, Sequence[Tensor]], Tensor]
 """F or G of one layer: given the stream and the layer's other tensors, in the stream's shape and dtype."""
 Check = Literal["off", "warn", "raise"]
+MEAN = (0.5, 0.5)
 TOLERANCE = 1e-2  # of a reconstructed input, relative; a stream that is further off gives gradients that are
 
 
@@ -53,6 +54,11 @@ class Coupling:
         y1, y2 = (y2, y1) if self.switch else (y1, y2)
         x2 = (y2 - g(y1)) / self.beta
         return (y1 - f(x2)) / self.lam, x2
+
+
+def combined(streams: tuple[Tensor, Tensor], weights: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    """Return the weighted sum of two streams."""
+    return (weights[0] * streams[0] + weights[1] * streams[1]).to(dtype)
 
 
 class RandomState:
@@ -108,10 +114,13 @@ class ReversibleChain:
         x: Input of both streams, in their dtype.
         every: k: layers 0, k, 2k, ... keep their inputs.
         check: Keep all inputs and compare the reconstructed ones with them.
+        result: What each of the two streams counts in the result.
     """
 
-    def __init__(self, coupling: Coupling, x: Tensor, *, every: int, check: Check = "off") -> None:
-        self.coupling, self.every, self.check = coupling, every, check
+    def __init__(
+        self, coupling: Coupling, x: Tensor, *, every: int, check: Check = "off", result: tuple[float, float] = MEAN
+    ) -> None:
+        self.coupling, self.every, self.check, self.result = coupling, every, check, result
         self.x1 = self.x2 = x.detach()
         self.layers: list[ReversibleLayer] = []
         self.states: list[tuple[RandomState, RandomState]] = []
@@ -136,7 +145,7 @@ class ReversibleChain:
         self.states.append((states[0], states[1]))
 
     def finish(self, x: Tensor) -> Tensor:
-        """Return the mean of the streams, in the dtype of ``x``.
+        """Return the streams' weighted sum, in the dtype of ``x``.
 
         Args:
             x: The input with which the chain was made, with its graph.
@@ -161,7 +170,8 @@ class _Chain(torch.autograd.Function):
         ctx.anchored, ctx.dtype, ctx.moving = list(chain.anchors), x.dtype, [t.requires_grad for t in tensors]
         anchors = [t for pair in chain.anchors.values() for t in pair]
         ctx.save_for_backward(chain.x1, chain.x2, *anchors, *tensors)
-        return ((chain.x1 + chain.x2) / 2).to(x.dtype)
+        ctx.result = chain.result
+        return combined((chain.x1, chain.x2), chain.result, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -171,7 +181,7 @@ class _Chain(torch.autograd.Function):
         anchors = {number: (saved[2 * i], saved[2 * i + 1]) for i, number in enumerate(ctx.anchored)}
         tensors = saved[2 * len(anchors) :]
         sums: dict[int, Tensor] = {}
-        d1 = d2 = gradient.to(y1.dtype) / 2
+        d1, d2 = (weight * gradient.to(y1.dtype) for weight in ctx.result)
         for number in reversed(range(len(ctx.layers))):
             f, g, parameters = ctx.layers[number]
             given, moving = [tensors[i] for i in ctx.given[number]], [ctx.moving[i] for i in ctx.given[number]]

@@ -2,7 +2,7 @@
 
 The body's own forward runs its blocks, with the masks, positions and caches that it makes; so every kind of body is supported that
 passes one tensor from block to block. The adapter on the body opens the record of the call. The one on each block reads the two streams
-from that record, runs F and G without a graph, writes the new streams back, and hands the mean of the streams on, which the next
+from that record, runs F and G without a graph, writes the new streams back, and hands on what would be the result, which the next
 block ignores. The last one gives the body the result with all gradients (:class:`.ReversibleChain`). The record lives in a
 thread local for the length of the call, so nothing of it stays on a module.
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import ConflictError, PortError
 from lightning_peft.nn.adapter import BuildContext
-from lightning_peft.nn.reversible import Check, Coupling, ReversibleChain, ReversibleLayer
+from lightning_peft.nn.reversible import Check, Coupling, ReversibleChain, ReversibleLayer, combined
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.block_call import BlockCall, beside, without_gradient
 from lightning_peft.surgery.edits import Replace, Tap
@@ -54,6 +54,7 @@ class Arrangement:
         every: Every so many layers keep their inputs; 0 keeps all activations, by plain autograd.
         every_low: The same where the blocks compute in 16 bits.
         check: Compare reconstructed inputs with kept ones.
+        result: What each of the two streams counts in the body's hidden states.
     """
 
     f: Part
@@ -62,6 +63,7 @@ class Arrangement:
     every: int
     every_low: int
     check: Check
+    result: tuple[float, float]
 
 
 def reversible_edits(
@@ -339,7 +341,7 @@ class _Run:
                 self.streams = wide, wide
             parts = (functools.partial(block.part, part, call) for part in (self.arrangement.f, self.arrangement.g))
             self.streams = self.arrangement.coupling.forward(*self.streams, *parts)
-            hidden = _mean(self.streams, start.dtype)
+            hidden = combined(self.streams, self.arrangement.result, start.dtype)
         self.done, self.passed = self.done + 1, hidden
         return call.result(hidden)
 
@@ -348,7 +350,8 @@ class _Run:
             wide = start.to(torch.promote_types(start.dtype, torch.float32))
             low = wide.dtype != start.dtype or torch.is_autocast_enabled(start.device.type)
             every = self.arrangement.every_low if low else self.arrangement.every
-            self.chain = ReversibleChain(self.arrangement.coupling, wide, every=every, check=self.arrangement.check)
+            a = self.arrangement
+            self.chain = ReversibleChain(a.coupling, wide, every=every, check=a.check, result=a.result)
         layer = block.layer(call)
         for tensor in layer.tensors:
             if id(tensor) in self.made:
@@ -358,9 +361,5 @@ class _Run:
         self.made |= {id(t): (call, i, t) for i, t in enumerate(beside(call.out)) if id(t) not in self.made}
         if last:
             return self.chain.finish(start)
-        mean = _mean((self.chain.x1, self.chain.x2), start.dtype)
-        return without_gradient(mean, self.done)
-
-
-def _mean(streams: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    return ((streams[0] + streams[1]) / 2).to(dtype)
+        between = combined((self.chain.x1, self.chain.x2), self.arrangement.result, start.dtype)
+        return without_gradient(between, self.done)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,19 +188,21 @@ def start(path: str) -> str:
     with torch.no_grad():
         base = states(model(**batch))
     lines = [f"{path}: base" + (f", loss {loss(base):.2f}" if causal else "")]
-    for variant in (1, 2, 3):
-        handle = lp.inject(model, lp.MEFT(variant=variant))  # type: ignore[arg-type]
+    strategies = {f"MEFT{variant}": lp.MEFT(variant=variant) for variant in (1, 2, 3)}  # type: ignore[arg-type]
+    strategies["MEFT2, beta=0.01, result='block'"] = lp.MEFT(variant=2, beta=0.01, result="block")
+    for name, strategy in strategies.items():
+        handle = lp.inject(model, strategy)
         with torch.no_grad():
             found = states(model(**batch))
         handle.remove()
         cosine = float(nn.functional.cosine_similarity(found, base, dim=-1).mean())
-        text = f"  MEFT{variant}: relative distance {float((found - base).norm() / base.norm()):.2f}, mean cosine {cosine:.3f}"
+        text = f"  {name}: relative distance {float((found - base).norm() / base.norm()):.2f}, mean cosine {cosine:.3f}"
         if causal:
             same = float((found.argmax(-1) == base.argmax(-1)).float().mean())
             text += f", loss {loss(found):.2f}, same next token {same:.0%}"
-        reference = gradients(model, lp.MEFT(variant=variant, anchor_every=0), batch)  # type: ignore[arg-type]
-        ours = gradients(model, lp.MEFT(variant=variant), batch)  # type: ignore[arg-type]
-        whole = gradients(model, lp.MEFT(variant=variant, anchor_every=1000), batch)  # type: ignore[arg-type]
+        reference = gradients(model, replace(strategy, anchor_every=0), batch)
+        ours = gradients(model, strategy, batch)
+        whole = gradients(model, replace(strategy, anchor_every=1000), batch)
         lines.append(
             text + f"; gradient error {error(ours, reference):.0e}, with every block inverted {error(whole, reference):.0e}"
         )

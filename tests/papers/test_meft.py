@@ -282,6 +282,28 @@ def test_count() -> None:
     assert lp.inject(llama(), method(1, feed_forward=False)).num_trainable() == 4 * (2 * 32 * 8 + 8 + 32)
 
 
+@VARIANTS
+@pytest.mark.parametrize("switch", [True, False])
+def test_the_blocks_own_stream_as_the_result(variant: int, switch: bool) -> None:
+    more: dict[str, Any] = {"result": "block", "switch": switch}
+    assert both("llama", lambda **other: method(variant, **more, **other), 3, torch.float64) < 1e-8
+    model, batch = build("llama", 1)
+    base = main(model(**batch)).detach()
+    small = {"beta": 1e-9} if variant == 2 else {"lam": 1e-9, "beta": 1e-9}
+    lp.inject(model, method(variant, **more, **small, init="identity"))
+    # One block: its stream is the base's result but for λ and β, whichever place it has.
+    torch.testing.assert_close(main(model(**batch)).detach(), base, rtol=1e-6, atol=1e-6)
+
+
+def test_a_start_at_the_base_model() -> None:
+    model, batch = build("llama", 4)
+    base = main(model(**batch)).detach()
+    strategy = lp.MEFT(variant=2, beta=1e-9, result="block", init="identity")
+    assert strategy.arrangement.every == 2
+    lp.inject(model, strategy)
+    torch.testing.assert_close(main(model(**batch)).detach(), base, rtol=1e-6, atol=1e-6)
+
+
 def test_couplings_are_those_of_the_table_or_given() -> None:
     assert [method(v).coupling for v in (1, 2, 3)] == [
         Coupling(0.1, 1.0, True),
