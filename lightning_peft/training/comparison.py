@@ -265,9 +265,8 @@ class Comparison:
         axes = figure.subplots()
         for place, name in enumerate(shown):
             count, found = next(iter(self.done[name].values())).trained, self.quality(name)
-            axes.errorbar(
-                count, found.value, yerr=found.error, fmt="s" if name == self.baseline else "o", markersize=5, capsize=2
-            )
+            shape = "s" if name == self.baseline else "o"
+            axes.errorbar(count, found.value, found.error, fmt=f"{shape}C{place % 10}", markersize=5, capsize=2)
             # Names stand beside the picture in the order of quality, so that none covers another.
             axes.annotate(
                 name,
@@ -276,7 +275,7 @@ class Comparison:
                 textcoords="axes fraction",
                 fontsize="small",
                 verticalalignment="center",
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.6"},
+                arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": f"C{place % 10}", "relpos": (0, 0.5)},
             )
         if self.done.get(self.baseline):
             axes.axhline(self.quality(self.baseline).value, linestyle=":", color="0.4")
