@@ -47,7 +47,7 @@ def share(info: lp.MethodInfo, model: nn.Module) -> str:
     """What a method trains with its default options, relative to the base; a dash where it has none or does not apply."""
     settings: dict[str, Any] = {"dtype": None, "precision": "32-true", "quantization": "auto", "gradient_checkpointing": None}
     try:
-        planned = plan_model(model, info.cls(), adapter_dtype="auto", on_cuda=False, **settings)
+        planned = plan_model(model, lp.resolve(info.name), adapter_dtype="auto", on_cuda=False, **settings)
     except PEFTError:
         return "–"
     return f"{100 * sum(p.numel() for p in planned.trainable()) / planned.parameters:.3g}%"
