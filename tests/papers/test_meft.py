@@ -460,6 +460,16 @@ def test_bytes_per_added_layer(name: str, variant: int) -> None:
     assert of(13, method(variant, anchor_every=100)) == of(7, method(variant, anchor_every=100))  # independent of the depth
 
 
+def test_the_table_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.benchmarks import reversible_memory
+
+    monkeypatch.setattr(reversible_memory, "MODELS", {"BERT": bert, "llama": llama})
+    rows = [line for line in reversible_memory.table(2, 8, (2, 8)).splitlines() if "MEFT" in line]
+    shares = [float(row.split()[-1].rstrip("%")) for row in rows]
+    assert shares[0] == shares[4] == 100
+    assert max(shares[1:4] + shares[5:]) <= 20
+
+
 @pytest.mark.parametrize(("name", "variant"), [("llama", 1), ("t5", 1), ("bert", 3)])
 def test_estimate_knows_the_anchors(name: str, variant: int) -> None:
     from tests.benchmarks.reversible_memory import saved_bytes
