@@ -300,8 +300,12 @@ class ModuleKind(LayerKind):
     """A module without a weight of its own to adapt (a block, an attention module): only its output is edited."""
 
     def spec(self, module: nn.Module, tensor: str) -> LayerSpec:
-        first = next(module.parameters(), None)
-        dtype, device = (torch.float32, torch.device("cpu")) if first is None else (first.dtype, first.device)
+        dtype, device = torch.float32, torch.device("cpu")
+        for part in module.modules():
+            first, backend = next(part.parameters(recurse=False), None), backend_of(part)
+            if first is not None:
+                dtype, device = first.dtype if backend is None else backend.compute_dtype(part), first.device  # type: ignore[arg-type]
+                break
         return LayerSpec(kind="module", out_features=0, in_features=0, dtype=dtype, device=device)
 
 

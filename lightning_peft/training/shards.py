@@ -164,9 +164,9 @@ def agree(handle: Handle) -> None:
     if not (distributed.is_available() and distributed.is_initialized()):
         return
     seeded = [entry.adapter for entry in handle.entries if isinstance(entry.adapter, AdapterModule)]
-    seeds: list[int] = [adapter.seed for adapter in seeded]  # from which schedules draw
+    seeds: list[Any] = [[adapter.seed for adapter in seeded]]  # from which schedules draw
     distributed.broadcast_object_list(seeds)
-    for adapter, seed in zip(seeded, seeds, strict=True):
+    for adapter, seed in zip(seeded, seeds[0], strict=True):
         adapter.seed = seed
     own = [slot.tensor() for slot in handle.slots if not slot.claimed]
     if in_pieces(own) or any(tensor.is_meta for tensor in own):
