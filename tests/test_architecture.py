@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 # From the bottom to the top. A module may import its own unit and the units of lower layers.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "types", "optional", "files", "untrusted"),
+    ("errors", "types", "optional", "files", "hub", "untrusted"),
     ("quantization",),
     ("nn",),
     ("surgery",),

@@ -18,6 +18,7 @@ from lightning_peft.checkpoint.manifest import Manifest, check_base, entries_of,
 from lightning_peft.checkpoint.reading import adapter_of, load_checkpoint, manifests_of, read_adapter
 from lightning_peft.checkpoint.sharded import is_sharded
 from lightning_peft.errors import CompatibilityError
+from lightning_peft.hub import local_copy
 from lightning_peft.strategies.install import reinstall
 from lightning_peft.surgery.anatomy import Family
 from lightning_peft.surgery.fingerprint import base_fingerprint, compare_structures
@@ -29,27 +30,31 @@ def load_adapter(
     path: str | os.PathLike[str],
     name: str = "default",
     *,
+    revision: str | None = None,
     anatomy: Family | Mapping[str, Any] | None = None,
 ) -> Handle:
     """Install a saved adapter on a model, in place.
 
     Args:
         model: The base model that the adapter was made for, or a module that holds it where the manifest says.
-        path: Adapter folder, or a Lightning ``.ckpt``. Of a checkpoint with several adapters, the one called ``name``.
+        path: Adapter folder, or a Lightning ``.ckpt``; else the id of a repository on the Hugging Face hub (``user/name``). Of a
+            checkpoint with several adapters, the one called ``name``.
         name: Name under which the adapter is installed.
+        revision: Branch, tag or commit on the hub.
         anatomy: Roles of an architecture that the package does not know, as given to ``inject``.
 
     Returns:
         The handle. ``remove()`` also restores what extra tensors have replaced, unless the adapter is merged.
 
     Raises:
-        FormatError: The file is missing, truncated, corrupted, foreign, or of a newer format.
+        FormatError: The file is missing, truncated, corrupted, foreign, or of a newer format; the hub cannot be reached.
+        ConfigError: A revision of what is no repository.
         CompatibilityError: The model is not the base that the adapter was made for, or has no values yet.
         UnknownMethodError: The adapter's method is not registered here.
 
     Whatever is raised, the model is left as it was.
     """
-    adapter = _read(Path(path), name)
+    adapter = _read(local_copy(path, revision), name)
     manifest = adapter.manifest
     root, prefix = _find_root(model, manifest)
     require_base(root, manifest)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_peft.errors import ConfigError, DependencyError, FormatError
+from lightning_peft.errors import FormatError
 from lightning_peft.files import staged
 from lightning_peft.untrusted import check_safetensors, inside, parse_json, read_text
 
@@ -108,59 +108,3 @@ def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
             raise OSError(f"cannot write '{Path(folder) / TENSORS}': {error}.") from error
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
-
-
-def local_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Return the folder of an adapter: the given one, or a snapshot of the repository on the Hugging Face hub.
-
-    Args:
-        source: A folder, or the id of a repository (``user/name``).
-        revision: Branch, tag or commit on the hub.
-
-    Raises:
-        FormatError: There is neither such a folder nor such a repository, or the hub cannot be reached.
-        ConfigError: A revision of a folder.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        if revision is not None:
-            raise ConfigError(f"revision={revision!r}, but '{source}' is a folder of this machine, which has none.")
-        return path
-    name = str(source)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FormatError(f"'{name}' is no folder, and no id of a repository on the hub, such as 'user/name'.")
-    hub: Any = _hub()
-    try:
-        # Nothing but data is fetched, whatever else the repository holds.
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub's errors come from four packages
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FormatError(f"'{name}' is no folder, and cannot be fetched from the Hugging Face hub: {reason}") from error
-
-
-def push_folder(folder: Path, repo_id: str, *, private: bool, revision: str | None, message: str | None) -> str:
-    """Upload a folder to the hub, making the repository if needed, and return its address.
-
-    Raises:
-        DependencyError: huggingface_hub is missing.
-        FormatError: The hub refuses it or cannot be reached.
-    """
-    hub: Any = _hub()
-    api = hub.HfApi()
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        api.upload_folder(folder_path=str(folder), repo_id=repo_id, revision=revision, commit_message=message)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FormatError(f"'{folder}' cannot be pushed to '{repo_id}': {reason}") from error
-    return f"https://huggingface.co/{repo_id}"
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise DependencyError("the Hugging Face hub needs the package huggingface_hub: pip install huggingface_hub") from error
-    return huggingface_hub

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import CompatibilityError
+from lightning_peft.hub import local_copy
 from lightning_peft.interop import lora, parts
-from lightning_peft.interop.files import HFFile, local_folder, read_folder
+from lightning_peft.interop.files import HFFile, read_folder
 from lightning_peft.interop.names import strings
 from lightning_peft.interop.registry import PROMPTS, format_of
 from lightning_peft.interop.saving import PROMPT_PREFIX, TASKS
@@ -55,7 +56,7 @@ def load_hf(
 
     Whatever is raised, the model is left as it was.
     """
-    file = read_folder(local_folder(source, revision))
+    file = read_folder(local_copy(source, revision))
     table = format_of(file.config, file.where)
     table.fields.check(file.config, file.where)
     layers, rest = file.grouped(table.suffixes())

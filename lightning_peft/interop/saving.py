@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.errors import CompatibilityError, ConfigError, FormatError
+from lightning_peft.hub import push_folder
 from lightning_peft.interop import lora, parts
 from lightning_peft.interop.as_lora import write_as_lora
-from lightning_peft.interop.files import PREFIX, push_folder, write_folder
+from lightning_peft.interop.files import PREFIX, write_folder
 from lightning_peft.interop.registry import PROMPTS, format_for
 from lightning_peft.interop.table import Format, Written
 from lightning_peft.interop.views import only_child, parts_of, relative, without_claims

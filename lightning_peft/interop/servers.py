@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_peft.checkpoint import read_adapter
 from lightning_peft.errors import CompatibilityError, FormatError
-from lightning_peft.interop.files import is_hf_folder, local_folder, read_folder
+from lightning_peft.hub import local_copy
+from lightning_peft.interop.files import is_hf_folder, read_folder
 from lightning_peft.interop.lora import LORA
 from lightning_peft.interop.registry import format_for, format_of
 from lightning_peft.strategies.hybrid.compose import Compose
@@ -75,7 +76,7 @@ def suitability(source: str | os.PathLike[str], target: Server, revision: str | 
         )
         _of_strategy(adapter.strategy, adapter.state, bool(adapter.extra_state), verdict)
     else:
-        file = read_folder(local_folder(source, revision))
+        file = read_folder(local_copy(source, revision))
         _of_config(file.config, file.tensors, file.where, verdict)
     return verdict
 

@@ -12,15 +12,16 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from lightning_peft.checkpoint import AdapterFile, check_base, read_adapter, save_adapter
 from lightning_peft.errors import ConfigError, PEFTError, UnsupportedLayerError
+from lightning_peft.hub import local_copy
 from lightning_peft.interop import HFExport, is_hf_folder, load_hf, push, save_hf
-from lightning_peft.interop.files import local_folder, read_folder
+from lightning_peft.interop.files import read_folder
 from lightning_peft.loading.base import AUTO_CLASSES, BaseSource, load_model
 from lightning_peft.strategies.install import reinstall
 from lightning_peft.surgery.handle import Handle
@@ -49,7 +50,7 @@ def convert(
     """Convert an adapter and return what was done, as text.
 
     Args:
-        source: Folder of the own format, Lightning ``.ckpt``, folder of HF peft, or the id of its repository on the hub.
+        source: Folder of the own format, Lightning ``.ckpt``, folder of HF peft, or the id of a repository on the hub.
         output: New folder; None with ``repository`` writes none.
         to: Format of the output.
         base: Base model; None takes the one that the adapter names.
@@ -68,9 +69,10 @@ def convert(
         raise ConfigError(f"'{output}' is not empty; name a new folder for the converted adapter.")
     if to == "native" and as_lora:
         raise ConfigError("convert: --as-lora belongs to --to hf; the own format holds every method as it is.")
+    place = local_copy(source, revision)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if output is None else output)
-        lines = _to_hf(source, folder, base, revision, as_lora) if to == "hf" else _to_native(source, folder, base, revision)
+        lines = _to_hf(place, folder, base, as_lora) if to == "hf" else _to_native(place, folder, base)
         if output is not None:
             lines.insert(0, f"{'HF peft' if to == 'hf' else 'own'} format: {folder}")
         if repository is not None:
@@ -78,14 +80,13 @@ def convert(
     return "\n".join(lines)
 
 
-def _to_hf(source: Any, folder: Path, base: str | None, revision: str | None, as_lora: int | bool) -> list[str]:
-    if not Path(source).exists() or is_hf_folder(source):
-        local_folder(source, revision)
+def _to_hf(source: Path, folder: Path, base: str | None, as_lora: int | bool) -> list[str]:
+    if is_hf_folder(source):
         if not as_lora:
             raise ConfigError(
                 f"'{source}' is in HF peft's format already; with --as-lora its change of the weights becomes a LoRA."
             )
-        return _told(save_hf(_hf_handle(source, base, revision), folder, as_lora=as_lora))
+        return _told(save_hf(_hf_handle(source, base), folder, as_lora=as_lora))
     adapter = read_adapter(source)
     if not adapter.extra_state and not as_lora and (handle := _on_config(adapter, base)) is not None:
         with contextlib.suppress(UnsupportedLayerError):  # it reads the weights after all
@@ -103,23 +104,23 @@ def _told(export: HFExport) -> list[str]:
     return lines
 
 
-def _to_native(source: Any, folder: Path, base: str | None, revision: str | None) -> list[str]:
-    if Path(source).exists() and not is_hf_folder(source):
+def _to_native(source: Path, folder: Path, base: str | None) -> list[str]:
+    if source.exists() and not is_hf_folder(source):
         raise ConfigError(f"'{source}' is in the own format already. Say --to hf.")
-    handle = _hf_handle(source, base, revision)
+    handle = _hf_handle(source, base)
     save_adapter(handle, folder)
     return [f"method: {type(handle.strategy).__name__}"]
 
 
-def _hf_handle(source: Any, base: str | None, revision: str | None) -> Handle:
+def _hf_handle(source: Path, base: str | None) -> Handle:
     """Return an adapter of HF peft on its base."""
-    config = read_folder(local_folder(source, revision)).config
+    config = read_folder(source).config
     name = base or config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ConfigError(f"'{source}' does not say which base model it belongs to; name it with --base.")
     known = config.get("revision") if base is None and isinstance(config.get("revision"), str) else None
     model = load_model(BaseSource(name=name, revision=known), _TASKS.get(str(config.get("task_type")), "causal_lm")).model
-    return load_hf(model, source, revision=revision)
+    return load_hf(model, source)
 
 
 def _heads(adapter: AdapterFile, handle: Handle) -> Sequence[str]:

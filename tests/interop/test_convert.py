@@ -272,7 +272,7 @@ def test_convert_as_lora(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "nowhere": (["missing", "out", "--to", "hf"], "no folder"),
+    "nowhere": (["missing", "out", "--to", "hf"], "does not exist"),
     "no output": (["{adapter}", "--to", "hf"], "name a folder for the result"),
     "native of native": (["{adapter}", "out", "--to", "native"], "own format already"),
     "rank": (["{adapter}", "out", "--to", "hf", "--as-lora", "0"], "rank of at least 1"),

@@ -158,6 +158,11 @@ def test_a_repository_comes_from_the_hub(folder: Path, monkeypatch: pytest.Monke
     assert asked["name"] == "user/adapter"
     assert asked["revision"] == "v1"
     assert not any("bin" in pattern or "py" in pattern for pattern in asked["allow_patterns"])
+    with pytest.raises(FormatError, match="Hugging Face peft, which is another format"):
+        lp.load_adapter(fresh("llama"), "user/adapter", revision="v2")
+    assert asked["revision"] == "v2"
+    with pytest.raises(ConfigError, match="revision='v2'"):
+        lp.load_adapter(fresh("llama"), folder, revision="v2")
 
 
 def test_hra_with_gram_schmidt_and_odd_rank(tmp_path: Path) -> None:
