@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_peft.quantization.backend import backend_of
 from lightning_peft.surgery.stack import RESERVED
 
 
@@ -24,6 +25,23 @@ def base_parameters(root: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
             if value is not None:
                 found.setdefault(id(value), (path, name, value))
     return list(found.values())
+
+
+def base_entries(root: nn.Module, size: Callable[[Tensor], int] = Tensor.numel) -> int:
+    """Return how many numbers the base model is made of; codes of quantized weights count as what they stand for.
+
+    Args:
+        root: The adapted root.
+        size: Returns the entries of a parameter that is no code, where it lies in pieces those of the whole.
+    """
+    total = 0
+    for path, name, parameter in base_parameters(root):
+        module = root.get_submodule(path)
+        if name == "weight" and isinstance(module, nn.Linear) and backend_of(module) is not None:
+            total += module.out_features * module.in_features
+        else:
+            total += size(parameter)
+    return total
 
 
 def biases(root: nn.Module, paths: Collection[str] | None = None) -> list[tuple[str, str]]:

@@ -19,14 +19,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
 
 from lightning_peft.errors import ConfigError, UnknownMethodError, did_you_mean
 from lightning_peft.files import replacing
-from lightning_peft.quantization.backend import backend_of
 from lightning_peft.strategies.registry import get_method, list_methods, resolve
 from lightning_peft.surgery.inject import NAME
-from lightning_peft.surgery.walk import base_parameters
+from lightning_peft.surgery.walk import base_entries
 from lightning_peft.training.comparison import Comparison, Measured, Run
 from lightning_peft.training.estimating import meta_model
 from lightning_peft.training.peak import PeakMemory, forget_highest
@@ -294,7 +292,7 @@ class Meter(pl.Callback):
         root = pl_module.handle.root
         self.lr = max(group.get("initial_lr", group["lr"]) for o in trainer.optimizers for group in o.param_groups)
         self.trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        self.base = sum(_entries(root, *place) for place in base_parameters(root))
+        self.base = base_entries(root)
         forget_highest()  # loading the base takes more than training a small part of it
         held = {id(t): t.nbytes for t in (*pl_module.parameters(), *pl_module.buffers())}
         self._memory, self._step = PeakMemory(pl_module.device, sum(held.values())), trainer.global_step
@@ -316,13 +314,6 @@ class Meter(pl.Callback):
         """Note the most memory."""
         assert self._memory is not None
         self.peak = self._memory.most()
-
-
-def _entries(root: nn.Module, path: str, name: str, parameter: nn.Parameter) -> int:
-    module = root.get_submodule(path)
-    if name == "weight" and isinstance(module, nn.Linear) and backend_of(module) is not None:
-        return module.out_features * module.in_features
-    return parameter.numel()
 
 
 def _quality(logged: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.surgery.handle import Handle
-from lightning_peft.surgery.walk import base_parameters
+from lightning_peft.surgery.walk import base_entries, base_parameters
 from lightning_peft.training.shards import Shards
 
 # State tensors per parameter, as torch's optimizers keep them; others are counted as Adam.
@@ -26,7 +26,7 @@ class Budget:
     Args:
         adapter: Entries of the adapter that train; shared ones once.
         others: Entries that train beside it (extra modules, parts outside the adapted root).
-        base: Entries of the base below the adapted root.
+        base: Entries of the base below the adapted root; quantized ones by what they stand for.
         checkpoint: Expected bytes of a ``.ckpt``: tensors and optimizer state.
     """
 
@@ -46,11 +46,11 @@ def budget(
 ) -> Budget:
     """Count what trains on all ranks and estimate what a checkpoint weighs."""
 
-    def count(tensors: Iterable[Tensor]) -> int:
-        return sum(shards.shape(t).numel() for t in tensors)
+    def entries(tensor: Tensor) -> int:
+        return shards.shape(tensor).numel()
 
     def nbytes(tensors: Iterable[Tensor]) -> int:
-        return sum(shards.shape(t).numel() * t.element_size() for t in tensors)
+        return sum(entries(t) * t.element_size() for t in tensors)
 
     base = [p for _, _, p in base_parameters(handle.root)]
     tensors = [s.tensor() for s in handle.slots] + list(others.values())
@@ -58,7 +58,8 @@ def budget(
     training = handle.trainable_parameters()
     copies = max((_state_tensors(o) for o in optimizers), default=0)
     size = nbytes(unique.values()) + copies * nbytes([*training, *others.values()])
-    return Budget(count(training), count(others.values()), count(base), size)
+    adapter, beside = (sum(map(entries, tensors)) for tensors in (training, others.values()))
+    return Budget(adapter, beside, base_entries(handle.root, entries), size)
 
 
 def _state_tensors(optimizer: Optimizer) -> int:

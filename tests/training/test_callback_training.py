@@ -445,6 +445,17 @@ def test_table_estimates_the_checkpoint(tmp_path: Path) -> None:
     assert whole == sum(p.numel() * 4 for p in module.parameters())
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_table_counts_what_codes_stand_for(scheme: str) -> None:
+    from lightning_peft.training.shards import Shards
+    from lightning_peft.training.table import budget
+
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64, bias=False))
+    entries = sum(p.numel() for p in net.parameters())
+    handle = lp.inject(lp.quantize(net, scheme, backend="torch", skip=[]), lp.LoRA(rank=2, targets="all-linear"))
+    assert budget(handle, {}, [], Shards(net), full=False).base == entries
+
+
 ADALORA = lp.AdaLoRA(initial_rank=2, target_rank=1, warmup=1, final=1, targets=["0", "3"])
 
 
