@@ -140,6 +140,11 @@ class PEFTStrategy(ABC):
         """
         return {}
 
+    @property
+    def suggested(self) -> tuple[float, float]:
+        """Learning rate and weight decay for AdamW; as :attr:`mergeable`."""
+        return self.info.lr, self.info.weight_decay
+
     def check_base(self, anatomy: Anatomy) -> None:
         """Check that a base is one from which the method can start. Not asked of a base on which a trained adapter is put.
 

@@ -274,7 +274,7 @@ class Meter(pl.Callback):
     """Notes what trains, how long optimizer steps take, and the most memory that training held.
 
     Attributes:
-        lr: The highest learning rate of a parameter group.
+        lr: The learning rate, without what single tensors have of their own.
         trained: Entries that train.
         base: Entries of the base; quantized ones by what they stand for.
         steps: Seconds of each optimizer step with all of its batches, the loading of data aside.
@@ -290,7 +290,7 @@ class Meter(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Count, and begin to watch the memory."""
         root = pl_module.handle.root
-        self.lr = max(group.get("initial_lr", group["lr"]) for o in trainer.optimizers for group in o.param_groups)
+        self.lr = max(_plain_rate(group) for o in trainer.optimizers for group in o.param_groups)
         self.trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         self.base = base_entries(root)
         forget_highest()  # loading the base takes more than training a small part of it
@@ -314,6 +314,13 @@ class Meter(pl.Callback):
         """Note the most memory."""
         assert self._memory is not None
         self.peak = self._memory.most()
+
+
+def _plain_rate(group: Mapping[str, Any]) -> float:
+    """Return the learning rate that a parameter group has without the factor of its own; 0 if all of it is its own."""
+    options = dict(group.get("peft_options", ()))
+    rate: float = group.get("initial_lr", group["lr"])
+    return 0.0 if "lr" in options else rate / (options.get("lr_scale") or 1.0)
 
 
 def _quality(logged: Sequence[Mapping[str, float]]) -> dict[str, float]:

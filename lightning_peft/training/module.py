@@ -26,7 +26,7 @@ from lightning_peft.surgery.recompute import GradientCheckpointing
 from lightning_peft.training.callback import PEFTCallback
 from lightning_peft.training.evaluating import Evaluator
 from lightning_peft.training.losses import LossWindow
-from lightning_peft.training.param_groups import far_off, parameter_groups, set_rates, suggestion
+from lightning_peft.training.param_groups import far_off, parameter_groups, set_rates
 from lightning_peft.training.restoring import lenient, prepare
 from lightning_peft.training.schedulers import SCHEDULES, ScheduleName, scheduler
 from lightning_peft.training.scoring import Scorer, Scores
@@ -75,6 +75,8 @@ class PEFTLightningModule(Evaluator):
         gradient_checkpointing: Recompute the activations of blocks in the backward pass instead of keeping them, while ``fit`` runs:
             ``True``, or options as of :class:`PEFTCallback`, such as ``{"every": 2}``.
         lr: Learning rate. ``auto`` is the method's own, or that of ``optimizer`` where you give one.
+        extra_lr: Learning rate of what trains beside the adapter, such as a new head, which starts at random and wants a higher one
+            than most methods; None is ``lr``.
         weight_decay: For tensors with two or more dimensions; ``auto`` is the method's own.
         optimizer: Makes the optimizer from parameter groups; None is AdamW.
         lr_scheduler: ``cosine``, ``linear`` or ``constant`` after the warm-up, a callable that makes a scheduler, or None.
@@ -115,6 +117,7 @@ class PEFTLightningModule(Evaluator):
         extra_modules: Literal["auto"] | list[str] = "auto",
         gradient_checkpointing: bool | dict[str, Any] = False,
         lr: float | Literal["auto"] = "auto",
+        extra_lr: float | None = None,
         weight_decay: float | Literal["auto"] = "auto",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | ScheduleName | None = "cosine",
@@ -129,13 +132,13 @@ class PEFTLightningModule(Evaluator):
         callback: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        _check(task, base, lr_scheduler, label_smoothing, answers, lr)
+        _check(task, base, lr_scheduler, label_smoothing, answers, lr, extra_lr)
         self.strategy = resolve(strategy)
         self.task = configured(task, choice_losses)
         self.labels = [str(label) for label in labels] if labels is not None else None
         self.special_tokens = list(special_tokens or ())
         self.extra_modules: Literal["auto"] | list[str] = extra_modules
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.extra_lr, self.weight_decay = lr, extra_lr, weight_decay
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.warmup, self.lr_scheduler_interval = warmup, lr_scheduler_interval
         self.label_smoothing = label_smoothing
@@ -335,9 +338,9 @@ class PEFTLightningModule(Evaluator):
         Raises:
             ConfigError: The schedule does not fit the run.
         """
-        own_lr, own_decay = suggestion(self.strategy)
+        own_lr, own_decay = self.strategy.suggested
         decay = own_decay if self.weight_decay == "auto" else float(self.weight_decay)
-        groups = parameter_groups(self, weight_decay=decay, wrapped=self.trainer.strategy.model)
+        groups = parameter_groups(self, weight_decay=decay, extra_lr=self.extra_lr, wrapped=self.trainer.strategy.model)
         optimizer = AdamW(groups, lr=own_lr) if self.optimizer is None else self.optimizer(groups)
         set_rates(optimizer, None if self.lr == "auto" else float(self.lr))
         lr = optimizer.defaults["lr"] if self.lr == "auto" else float(self.lr)
@@ -357,7 +360,7 @@ class PEFTLightningModule(Evaluator):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 
-def _check(task: str, base: Any, lr_scheduler: Any, label_smoothing: float, answers: str, lr: Any) -> None:
+def _check(task: str, base: Any, lr_scheduler: Any, label_smoothing: float, answers: str, lr: Any, extra_lr: Any) -> None:
     """Refuse what no annotation can: values that come from a YAML file or contradict each other."""
     if task not in TASKS:
         raise ConfigError(f"task={task!r} is unknown; tasks: {', '.join(TASKS)}.{did_you_mean(str(task), TASKS)}")
@@ -378,6 +381,8 @@ def _check(task: str, base: Any, lr_scheduler: Any, label_smoothing: float, answ
         raise ConfigError(f"answers={answers!r} is not one of score, generate.")
     if isinstance(lr, str) and lr != "auto":
         raise ConfigError(f"lr={lr!r} is neither a number nor 'auto'.")
+    if extra_lr is not None and not (isinstance(extra_lr, (int, float)) and extra_lr >= 0):
+        raise ConfigError(f"extra_lr={extra_lr!r} is no number of at least 0.")
 
 
 def _mean(terms: tuple[Tensor, ...], counts: tuple[int, ...]) -> Tensor:

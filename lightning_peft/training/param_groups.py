@@ -7,9 +7,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.strategies.hybrid.compose import Compose
-from lightning_peft.strategies.hybrid.gated import Gated
-from lightning_peft.strategies.hybrid.mixture import AdaMix, Mixture
 from lightning_peft.strategies.strategy import PEFTStrategy
 from lightning_peft.surgery.handle import handles
 from lightning_peft.training.shards import Shards
@@ -18,19 +15,9 @@ FAR = 10.0
 """A learning rate this many times away from the method's own makes a warning."""
 
 
-def suggestion(strategy: PEFTStrategy) -> tuple[float, float]:
-    """Return learning rate and weight decay that a method suggests for AdamW; of a composition the most careful ones, of a combinator its part's."""
-    if isinstance(strategy, Compose):
-        rates, decays = zip(*map(suggestion, strategy.strategies), strict=True)
-        return min(rates), max(decays)
-    if isinstance(strategy, Gated | Mixture) and not isinstance(strategy, AdaMix):
-        return suggestion(strategy.inner)
-    return strategy.info.lr, strategy.info.weight_decay
-
-
 def far_off(lr: float, strategy: PEFTStrategy) -> str | None:
     """Return a warning if ``lr`` is 10 times above or below the method's own, else None."""
-    own = suggestion(strategy)[0]
+    own = strategy.suggested[0]
     if lr > 0 and own / FAR < lr < own * FAR:
         return None
     return (
@@ -39,16 +26,19 @@ def far_off(lr: float, strategy: PEFTStrategy) -> str | None:
     )
 
 
-def parameter_groups(module: nn.Module, *, weight_decay: float, wrapped: nn.Module | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, extra_lr: float | None = None, wrapped: nn.Module | None = None
+) -> list[dict[str, Any]]:
     """Return the groups of all trainable parameters of ``module``, each parameter once.
 
     A tensor that a strategy owns gets the strategy's ``lr_scale`` and ``weight_decay`` for it; other trainable parameters, such as
-    a task head, the plain values. Tensors with one dimension (biases, norms, vectors) do not decay unless their strategy says so.
-    A group with an ``lr_scale`` carries it until :func:`set_rates`, since only the optimizer knows its learning rate.
+    a task head, the plain values, or ``extra_lr``. Tensors with one dimension (biases, norms, vectors) do not decay unless their strategy says so.
+    A group with a rate of its own carries it until :func:`set_rates`, since only the optimizer knows the plain one.
 
     Args:
         module: The module with adapters.
         weight_decay: Weight decay.
+        extra_lr: Learning rate of what no strategy owns; None for the plain one.
         wrapped: What FSDP1 has made of the module: its slices of parameters do not tell how many dimensions these have.
     """
     shards = Shards(wrapped or module)
@@ -68,7 +58,8 @@ def parameter_groups(module: nn.Module, *, weight_decay: float, wrapped: nn.Modu
                 taken.add(id(parameter))
     for parameter in module.parameters():
         if parameter.requires_grad and id(parameter) not in taken:
-            groups.setdefault(("extra", (), decay_of(parameter)), []).append(parameter)
+            rate = () if extra_lr is None else (("lr", extra_lr),)
+            groups.setdefault(("extra", rate, decay_of(parameter)), []).append(parameter)
     return [_group(*key, parameters) for key, parameters in groups.items()]
 
 
@@ -81,7 +72,8 @@ def _group(owner: str, options: tuple[tuple[str, float], ...], decay: float, par
 
 
 def set_rates(optimizer: Optimizer, lr: float | None) -> None:
-    """Give every group its learning rate: ``lr``, or the optimizer's own where that is None, times the group's ``lr_scale``."""
+    """Give every group its learning rate: its own, or ``lr`` (the optimizer's where that is None) times the group's ``lr_scale``."""
     for group in optimizer.param_groups:
-        scale = dict(group.get("peft_options", ())).get("lr_scale", 1.0)
-        group["lr"] = (group["lr"] if lr is None else lr) * scale
+        options = dict(group.get("peft_options", ()))
+        plain = group["lr"] if lr is None else lr
+        group["lr"] = options.get("lr", plain * options.get("lr_scale", 1.0))

@@ -11,11 +11,12 @@ import transformers
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
+import lightning_peft as lp
 from lightning_peft.errors import ConfigError
 from lightning_peft.strategies.reparameterized.lora import LoRA
 from lightning_peft.training.callback import PEFTCallback
 from lightning_peft.training.module import PEFTLightningModule
-from lightning_peft.training.param_groups import parameter_groups, set_rates, suggestion
+from lightning_peft.training.param_groups import parameter_groups, set_rates
 from lightning_peft.training.schedulers import factor
 from tests.training import tiny
 from tests.training.tiny import loader, ragged, trainer
@@ -69,6 +70,26 @@ def test_owners_have_groups_of_their_own():
     names = {g["name"]: {id(p) for p in g["params"]} for g in parameter_groups(module, weight_decay=0.0)}
     assert set(names) == {"default-decay_0", "extra-decay_0"}
     assert names["extra-decay_0"] == {id(p) for p in base.classifier.parameters()}
+
+
+def test_a_new_head_may_have_a_rate_of_its_own():
+    labels = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    base = transformers.BertForSequenceClassification(tiny.bert(**labels))
+    module = PEFTLightningModule("lora_plus", base, "sequence_classification", lr=1e-4, extra_lr=1e-2)
+    optimizer = SGD(parameter_groups(module, weight_decay=0.1, extra_lr=module.extra_lr), lr=1.0)
+    set_rates(optimizer, module.lr)
+    head = {id(p) for p in base.classifier.parameters()}
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[p] for p in head} == {1e-2}
+    assert {rate for p, rate in rates.items() if p not in head} == pytest.approx({1e-4, 16e-4})
+    with pytest.raises(ConfigError, match="extra_lr=-1"):
+        PEFTLightningModule("lora", base, "sequence_classification", extra_lr=-1)
+
+
+def test_combinators_suggest_what_their_parts_do():
+    assert lp.Gated(part="lora").suggested == lp.Mixture(part="lora").suggested == (LoRA.info.lr, LoRA.info.weight_decay)
+    assert lp.AdaMix(part="lora").suggested == (lp.AdaMix.info.lr, lp.AdaMix.info.weight_decay)
+    assert lp.MAM().suggested == (lp.MAM.info.lr, lp.MAM.info.weight_decay)
 
 
 def test_a_methods_options_scale_the_rate_and_are_not_split_again(monkeypatch):
@@ -125,7 +146,7 @@ def test_schedulers_of_ones_own():
 
 
 def test_the_rate_of_a_composition_is_its_most_careful_part():
-    assert suggestion(_module([LoRA(), "bitfit"]).strategy)[0] == min(LoRA.info.lr, 1e-3)
+    assert _module([LoRA(), "bitfit"]).strategy.suggested[0] == min(LoRA.info.lr, 1e-3)
 
 
 @pytest.mark.parametrize(

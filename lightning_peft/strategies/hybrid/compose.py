@@ -124,6 +124,12 @@ class Compose(Composition):
     def strategies(self) -> tuple[PEFTStrategy, ...]:
         return self.parts  # type: ignore[return-value]
 
+    @property
+    def suggested(self) -> tuple[float, float]:
+        """The most careful ones of the parts."""
+        rates, decays = zip(*(part.suggested for part in self.strategies), strict=True)
+        return min(rates), max(decays)
+
 
 class _Schedules(Schedule):
     """The schedules of all parts, in order."""

@@ -191,3 +191,7 @@ class AdaMix(Mixture):
     part: PEFTStrategy | str | dict[str, Any] = field(
         default_factory=functools.partial(HoulsbyAdapter, targets="mlp.down", width=16)
     )
+
+    @property
+    def suggested(self) -> tuple[float, float]:
+        return self.info.lr, self.info.weight_decay

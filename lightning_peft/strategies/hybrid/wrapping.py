@@ -52,6 +52,10 @@ class Wrapping(PEFTStrategy):
         return self.inner.base_quantization
 
     @property
+    def suggested(self) -> tuple[float, float]:
+        return self.inner.suggested
+
+    @property
     def from_data(self) -> bool:
         return self.inner.from_data
 
