@@ -12,7 +12,7 @@ from tests.distributed.test_cells import adapter, furthest
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("distributed")]
 METHODS = ("LoRA", "QLoRA", "AdaLoRA", "PrefixTuning", "VeRA")
-FAST = {("LoRA", "ddp"), ("AdaLoRA", "ddp"), ("QLoRA", "fsdp2")}
+FAST = {("LoRA", "fsdp2"), ("AdaLoRA", "ddp")}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,14 @@ from tests.distributed.test_cells import adapter, furthest
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("distributed")]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        ("ddp", False),
+        ("fsdp2", True),
+        *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (("ddp", True), ("fsdp2", False))),
+    ],
+)
 def test_two_processes_learn_what_one_does(kind: str, checkpointing: bool, tmp_path: Path) -> None:
     options = {"callback": {"verbose": False, "gradient_checkpointing": checkpointing}}
     ranks.run(cases.fit, "single", "AdaMix", tmp_path / "one", ranks=1)

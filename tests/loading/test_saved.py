@@ -357,6 +357,7 @@ def _measured(folder: Path, *arguments: str) -> dict[str, float]:
     return measured
 
 
+@pytest.mark.slow
 def test_memory_of_a_small_folder(tmp_path):
     """55 million parameters: enough to tell a second copy, dense or quantized, from what one layer takes."""
     sizes = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)

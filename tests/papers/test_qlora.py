@@ -126,7 +126,11 @@ def test_what_it_trained_runs_and_merges_on_the_dense_base(
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Lightning's, of a run that goes on in another folder
-@pytest.mark.parametrize("strategy", ["qlora", "qdora", [lp.QLoRA(rank=4), lp.BitFit()]], ids=["qlora", "qdora", "composed"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["qlora", pytest.param("qdora", marks=pytest.mark.slow), [lp.QLoRA(rank=4), lp.BitFit()]],
+    ids=["qlora", "qdora", "composed"],
+)
 def test_the_callback_quantizes_for_it_and_resumes(strategy: Any, tmp_path: Path) -> None:
     if isinstance(strategy, str):
         strategy = {"class_path": strategy, "init_args": {"rank": 4}}

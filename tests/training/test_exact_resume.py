@@ -83,12 +83,19 @@ def test_an_exception_in_any_hook(hook: str, accumulate: int, tmp_path: Path) ->
     assert_same(whole, faults.fit(tmp_path, start=path, **options))
 
 
-@pytest.mark.parametrize("name", faults.STRATEGIES)
-@pytest.mark.parametrize(
-    ("hook", "how"),
-    [("on_after_backward", Stopped), ("on_before_backward", KeyboardInterrupt), ("on_train_batch_start", signal.SIGTERM)],
-    ids=["exception", "ctrl-c", "sigterm"],
-)
+STOPS = {
+    "exception": ("on_after_backward", Stopped),
+    "ctrl-c": ("on_before_backward", KeyboardInterrupt),
+    "sigterm": ("on_train_batch_start", signal.SIGTERM),
+}
+BY_TURNS = [
+    pytest.param(name, *STOPS[stop], id=f"{stop}-{name}", marks=() if i % len(STOPS) == j else pytest.mark.slow)
+    for i, name in enumerate(faults.STRATEGIES)
+    for j, stop in enumerate(STOPS)
+]
+
+
+@pytest.mark.parametrize(("name", "hook", "how"), BY_TURNS)
 def test_strategies(name: str, hook: str, how: Any, tmp_path: Path) -> None:
     whole = faults.fit(tmp_path, name)
     times = random.Random(f"{name}{hook}").randint(2, 13)

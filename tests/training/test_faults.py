@@ -215,6 +215,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_one_whole_file(tmp_path: Path) ->
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_kills_lose_nothing(tmp_path: Path) -> None:
     sums = kill_and_resume("--kills", "3", "--folder", str(tmp_path))
     assert sums["kills"] == 3

@@ -128,7 +128,10 @@ def fit(folder: Path, module: Any, strategy: Any, *extra: Any, path: Any = None,
 # ---- training and resuming
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [*((kind, "nf4") for kind in MODELS), ("llama", "int8")])
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("llama", "nf4"), ("llama", "int8"), *(pytest.param(k, "nf4", marks=pytest.mark.slow) for k in MODELS if k != "llama")],
+)
 def test_an_interrupted_run_is_the_uninterrupted_one(kind, scheme, tmp_path):
     strategy = ALL_LINEAR
     whole = Language(kind)
@@ -149,7 +152,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(kind, scheme, tmp_path):
 
 
 @pytest.mark.parametrize("make", [Plain, InConfigureModel, InSetup])
-@pytest.mark.parametrize("backend", ["bitsandbytes", "torch"])
+@pytest.mark.parametrize("backend", ["bitsandbytes", pytest.param("torch", marks=pytest.mark.slow)])
 def test_modules_built_early_or_late_train_and_resume(make, backend, tmp_path):
     asked = {"scheme": "nf4", "backend": backend}
     whole = make()
