@@ -19,7 +19,7 @@ from lightning_peft.strategies.strategy import PEFTStrategy
     family="hybrid",
     summary="Prefix tuning in attention and a scaled parallel adapter beside the feed-forward sub-layer.",
     paper="Towards a Unified View of Parameter-Efficient Transfer Learning, arXiv 2110.04366",
-    lr=1e-3,
+    lr=2e-4,
     identity_at_init=False,
     adds_positions=True,
     ports=("attention_kv",),
