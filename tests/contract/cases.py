@@ -200,7 +200,7 @@ class Identified(Protocol):
         """Name of the case."""
 
 
-SHARE, LEAST = 12, 1  # one in so many of a method's cases runs by default, for each test; and at least so many
+SHARE, LEAST = 16, 1  # one in so many of a method's cases runs by default, for each test; and at least so many
 
 
 def over(cases: Sequence[Identified]) -> Callable[[F], F]:

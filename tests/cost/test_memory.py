@@ -215,6 +215,7 @@ def test_devices_share() -> None:
     assert fsdp.peak < one.peak
 
 
+@pytest.mark.slow
 def test_fit_finds_the_largest() -> None:
     options: dict[str, Any] = dict(sequence_length=16, generate=False)
     model = llama()

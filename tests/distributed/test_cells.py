@@ -21,7 +21,7 @@ KINDS = {"single": "one process", "ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP
 # What cannot be: the words of the error.
 REFUSED = {("fsdp1", "AdaLoRA"): "reads its parameters between steps"}
 CELLS = [(kind, method) for method in cases.METHODS for kind in KINDS if (kind, method) not in REFUSED]
-FAST = ("LoRA", "QLoRA", "AdaLoRA", "PrefixTuning")
+FAST = ("LoRA", "QLoRA", "PrefixTuning")
 DONE: dict[tuple[str, str], set[str]] = {}
 
 

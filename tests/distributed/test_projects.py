@@ -42,6 +42,7 @@ def test_merging_at_the_end_is_refused_before_training(kind: str, tmp_path: Path
         ranks.run(cases.fit_foreign, kind, "plain", tmp_path, merge_on_end=True)
 
 
+@pytest.mark.slow
 def test_fsdp1_takes_the_dtype_of_the_base(tmp_path: Path) -> None:
     assert ranks.run(cases.fit_wide, "fsdp1", tmp_path, "bfloat16", None) == [{"torch.bfloat16"}] * 2
     assert ranks.run(cases.fit_wide, "fsdp2", tmp_path, "bfloat16", None) == [{"torch.float32"}] * 2

@@ -275,6 +275,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_sigterm_to_all_ranks_keeps_the_random_states_of_all(tmp_path: Path) -> None:
     done = end(start(tmp_path, "all stop", ranks=2))
     assert [code for code, _ in done] == [0, 0], done

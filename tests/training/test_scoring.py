@@ -319,7 +319,7 @@ def test_a_sharded_model_keeps_its_head(mark, monkeypatch):
     assert head.rows == [task.labelled(batch)]
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("fullgraph", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_compiled_base(fullgraph):
     task, model = _model("tied llama", dtype=torch.float32)
     model.eval()
