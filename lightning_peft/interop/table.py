@@ -7,6 +7,7 @@ target, checks. Types with rules of their own override a method of it.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -174,7 +175,7 @@ class Written:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format:
+class Format(ABC):
     """One peft type.
 
     Args:
@@ -191,6 +192,7 @@ class Format:
         """Return the ends of the keys that belong to adapted modules."""
         return ()
 
+    @abstractmethod
     def write(self, handle: Handle, anatomy: Anatomy) -> Written:
         """Return config and tensors of a handle, or of a part of a composition.
 
@@ -198,19 +200,18 @@ class Format:
             UnsupportedLayerError: HF's type adapts no such layer.
             CompatibilityError: It cannot say what the adapter does.
         """
-        raise NotImplementedError
 
     def addressed(self, file: Parsed, anatomy: Anatomy) -> Parsed:
         """Return the file with its layers by address."""
         return file
 
+    @abstractmethod
     def strategy(self, file: Parsed, anatomy: Anatomy) -> PEFTStrategy:
         """Return the strategy of a checked file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self, file: Parsed, part: Handle, anatomy: Anatomy) -> dict[str, Tensor]:
         """Return the tensors for the slots of a freshly installed handle, by their key here."""
-        raise NotImplementedError
 
     def takes(self, file: Parsed, key: str) -> bool:
         """Return whether a tensor that belongs to no adapted module is the type's own."""
