@@ -22,10 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.nn.adapter import BaseLayer, BuildContext, MergeableModule
-from lightning_peft.strategies.strategy import require
-from lightning_peft.surgery.anatomy import Anatomy
-from lightning_peft.surgery.edits import Plan, adapt
+from lightning_peft.authoring import Anatomy, BaseLayer, BuildContext, MergeableModule, Plan, adapt, require
 
 # ---------------------------------------------------------------------- the mathematics: one layer
 

@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning for PyTorch Lightning.
 
-The names below are stable; deeper paths promise nothing. Those that need Lightning are loaded on first use.
+The names below, and those of `lightning_peft.authoring` for methods of your own, are stable; other paths promise nothing. What needs
+Lightning is loaded on first use.
 """
 
 from __future__ import annotations

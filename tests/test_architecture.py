@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nn",),
     ("surgery",),
     ("strategies",),
-    ("loading", "checkpoint", "cost", "interop", "serving"),
+    ("authoring", "loading", "checkpoint", "cost", "interop", "serving"),
     ("training",),
     ("__init__", "__main__"),
 )

@@ -130,13 +130,15 @@ class MoRAFormat(LoRAFormat):
     def cls(self, config: Mapping[str, Any]) -> type[PEFTStrategy]:
         return MoRA
 
+    def check(self, strategy: Any) -> None:
+        if strategy.rank_per_target:
+            raise ConfigError("MoRA: rank_per_target cannot be written; the fork's files have one rank for all layers.")
+
     def write(self, handle: Handle, anatomy: Anatomy) -> Written:
         strategy: Any = handle.strategy
         found = layers_of(handle)
         for layer in found:
             LayerFormat.check_layer(self, layer)
-        if strategy.rank_per_target:
-            raise ConfigError("MoRA: rank_per_target cannot be written; the fork's files have one rank for all layers.")
         tensors = {}
         for layer in found:
             for name in ("lora_A.weight", "lora_B.weight"):

@@ -103,6 +103,7 @@ def save_hf(
     else:
         main, others = _main_part(flat)
         table = _table(main.strategy)
+        table.check(main.strategy)
         peft_type, prefix = table.peft_type, PROMPT_PREFIX if table.peft_type in PROMPTS else PREFIX
         written = table.write(main, anatomy)
     config, tensors = dict(written.config), dict(written.tensors)
@@ -275,6 +276,7 @@ def _notes(strategy: PEFTStrategy, approximated: bool) -> list[str]:
         "DyLoRA": "The ranks were cut to the one in use; the file holds no larger ones.",
         "PTuning": "The prompt was written without the network that computed it, so it cannot be trained on as P-tuning.",
         "AdaLoRA": "The allocation of ranks is over in this file.",
+        "MoRA": "Only the fork of MoRA's authors reads it: released versions of HF peft have no use_mora.",
     }
     if getattr(strategy, "projection", False):
         return ["The prefix was written without the network that computed it, so it cannot be trained on with it."]

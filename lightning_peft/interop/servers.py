@@ -16,14 +16,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_peft.checkpoint import read_adapter
-from lightning_peft.errors import CompatibilityError, FormatError
+from lightning_peft.errors import CompatibilityError, ConfigError, FormatError
 from lightning_peft.hub import local_copy
 from lightning_peft.interop.files import is_hf_folder, read_folder
 from lightning_peft.interop.lora import LORA
+from lightning_peft.interop.lora_kin import MORA
 from lightning_peft.interop.registry import format_for, format_of
 from lightning_peft.strategies.hybrid.compose import Compose
 from lightning_peft.strategies.reparameterized.dora import DoRA
 from lightning_peft.strategies.reparameterized.lora import LoRA
+from lightning_peft.strategies.selective.bitfit import BitFit
 from lightning_peft.strategies.selective.ln_tuning import LNTuning
 from lightning_peft.strategies.selective.token_rows import TokenRows
 from lightning_peft.strategies.strategy import PEFTStrategy
@@ -32,6 +34,7 @@ Server = Literal["hf", "vllm"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT = 16
 _AS_LORA = "lightning-peft convert ADAPTER OUTPUT --to hf --as-lora RANK"
+_FORK = f"only the fork of MoRA's authors reads use_mora, released versions of HF peft do not; write its change as a LoRA: {_AS_LORA}"
 
 
 @dataclass
@@ -72,7 +75,8 @@ def suitability(source: str | os.PathLike[str], target: Server, revision: str | 
     if path.exists() and not is_hf_folder(path):
         adapter = read_adapter(path)
         verdict.hints.append(
-            "the files are of the own format: convert them first (lightning-peft convert ADAPTER OUTPUT --to hf)"
+            "the files are of the own format: convert them first (lightning-peft convert ADAPTER OUTPUT --to hf), which refuses by name what "
+            "HF's files cannot say of this model's layers"
         )
         _of_strategy(adapter.strategy, adapter.state, bool(adapter.extra_state), verdict)
     else:
@@ -93,9 +97,21 @@ def _of_strategy(strategy: PEFTStrategy, state: Mapping[str, Tensor], extra: boo
         )
     elif len(mains) > 1:
         verdict.blockers.append(f"{named} are several methods, and a file has one; write them as one LoRA: {_AS_LORA}")
-    if verdict.target == "hf" or verdict.blockers:
+    if verdict.blockers:
         return
     main = mains[0]
+    table = format_for(main)
+    assert table is not None
+    if verdict.target == "hf":
+        if table is MORA:
+            verdict.blockers.append(_FORK)
+        if table is not LORA and any(isinstance(s, (TokenRows, BitFit)) for s in singles if s is not main):
+            verdict.blockers.append(f"HF peft has token rows and biases beside a LoRA only, not beside {table.peft_type}; save them apart")
+        try:
+            table.check(main)
+        except ConfigError as error:
+            verdict.blockers.append(str(error))
+        return
     if type(main) not in LORA.methods or isinstance(main, DoRA):
         way = (
             f"write its change of the weights as one: {_AS_LORA}"
@@ -113,7 +129,7 @@ def _of_strategy(strategy: PEFTStrategy, state: Mapping[str, Tensor], extra: boo
         verdict.blockers.append(
             f"vLLM reads one rank and alpha for all layers, and this has some of its own; {_AS_LORA} gives all one rank"
         )
-    if main.bias != "none" or any("BitFit" in type(s).__name__ for s in singles):
+    if main.bias != "none" or any(isinstance(s, BitFit) for s in singles):
         verdict.blockers.append("vLLM takes no trained biases; train with bias='none', or merge (lightning-peft merge)")
     if any(isinstance(s, TokenRows) for s in singles):
         verdict.blockers.append("vLLM takes no trained token rows; merge them into the base (lightning-peft merge)")
@@ -125,6 +141,8 @@ def _of_strategy(strategy: PEFTStrategy, state: Mapping[str, Tensor], extra: boo
 def _of_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, verdict: Verdict) -> None:
     if verdict.target == "hf":
         verdict.hints.append("the files are HF peft's own")
+        if config.get("use_mora"):
+            verdict.blockers.append(_FORK)
         try:
             format_of(config, where).fields.check(config, where)
         except (CompatibilityError, FormatError) as error:

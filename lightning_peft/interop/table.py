@@ -192,6 +192,13 @@ class Format(ABC):
         """Return the ends of the keys that belong to adapted modules."""
         return ()
 
+    def check(self, strategy: PEFTStrategy) -> None:
+        """Check that the config has words for the options of a strategy.
+
+        Raises:
+            ConfigError: It has not.
+        """
+
     @abstractmethod
     def write(self, handle: Handle, anatomy: Anatomy) -> Written:
         """Return config and tensors of a handle, or of a part of a composition.

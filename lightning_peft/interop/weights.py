@@ -172,12 +172,13 @@ LOKR = LycorisFormat(
 class OFTFormat(LayerFormat):
     """OFT. With Neumann's series HF turns the other way than with the inverse, so that a file made with it holds −Q."""
 
+    def check(self, strategy: Any) -> None:
+        if (terms := strategy.neumann_terms) in (2, 3):
+            raise ConfigError(f"OFT: neumann_terms={terms} is no series that HF peft computes; it has 4 and more. Train with 4.")
+
     def write(self, handle: Handle, anatomy: Anatomy) -> Written:
         written = super().write(handle, anatomy)
-        terms = handle.strategy.neumann_terms
-        if terms in (2, 3):
-            raise ConfigError(f"OFT: neumann_terms={terms} is no series that HF peft computes; it has 4 and more. Train with 4.")
-        if not terms:
+        if not handle.strategy.neumann_terms:
             return written
         return Written(written.config, {key: -value for key, value in written.tensors.items()})
 

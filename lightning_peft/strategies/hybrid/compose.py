@@ -29,6 +29,7 @@ class Composition(PEFTStrategy):
     def validate(self) -> None:
         if self.targets is not None:
             raise ConfigError(f"{type(self).__name__}: `targets` belongs to the parts. Compose these with targets of their own.")
+        _ = self.strategies  # parts that are made of this strategy's own fields check them
 
     @property
     @abstractmethod

@@ -43,10 +43,6 @@ class MAM(Composition):
     width: int | None = None
     scaling: float = 4.0
 
-    def validate(self) -> None:
-        super().validate()
-        _ = self.strategies  # the parts check their values
-
     @property
     def strategies(self) -> tuple[PEFTStrategy, ...]:
         prefix = PrefixTuning(

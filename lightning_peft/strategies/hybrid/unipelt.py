@@ -55,10 +55,6 @@ class UniPELT(Composition):
     bias: bool = False
     gate: GateKind = "input"
 
-    def validate(self) -> None:
-        super().validate()
-        _ = self.strategies  # the parts check their values
-
     @property
     def strategies(self) -> tuple[PEFTStrategy, ...]:
         prefix = PrefixTuning(
