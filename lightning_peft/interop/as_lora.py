@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError, MergeError, UnsupportedLayerError
 from lightning_peft.interop.lora import LORA, lora_config, lora_tensors
@@ -15,7 +16,6 @@ from lightning_peft.nn.adapter import MergeableModule
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.handle import Handle
 from lightning_peft.surgery.layers import dense
-from lightning_peft.surgery.stack import CallEntry
 
 _ZERO = 1e-10  # relative to the largest singular value, in float64
 
@@ -43,17 +43,18 @@ def write_as_lora(handle: Handle, anatomy: Anatomy, rank: int | bool) -> tuple[W
     """
     if rank is not True and (not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"as_lora={rank!r}, but a rank of at least 1, or True, is needed.")
-    taps = [entry for entry in handle.entries if isinstance(entry, CallEntry)]
+    other = [entry for entry in handle.entries if not isinstance(entry.adapter, MergeableModule)]
     found: dict[str, list[Layer]] = {}
     for layer in layers_of(handle):
         LORA.check_layer(replace(layer, site=replace(layer.site, rows=None)))
         found.setdefault(layer.path, []).append(layer)
-    if taps or not found:
+    if other or not found:
+        what = f"'{other[0].path}' has a {type(other[0].adapter).__name__}, which" if other else type(handle.strategy).__name__
         raise MergeError(
-            f"{type(handle.strategy).__name__} is no change of weights, so it cannot be written as a LoRA. Keep the own format "
-            "(lp.save_adapter)."
+            f"{what} is no change of weights, so it cannot be written as a LoRA. Keep the own format (lp.save_adapter)."
         )
-    parts = {path: _low_rank(_change(layers), None if rank is True else rank) for path, layers in found.items()}
+    shared = handle.shared.values()
+    parts = {path: _low_rank(_change(layers, shared), None if rank is True else rank) for path, layers in found.items()}
     most = max(part.A.shape[0] for part in parts.values())
     branches = {path: (*_padded(part, most), 1.0) for path, part in parts.items()}
     first = {path: layers[0] for path, layers in found.items()}
@@ -61,13 +62,14 @@ def write_as_lora(handle: Handle, anatomy: Anatomy, rank: int | bool) -> tuple[W
     return Written(config, lora_tensors(first, branches)), {path: part.error for path, part in parts.items()}
 
 
-def _change(layers: list[Layer]) -> Tensor:
+def _change(layers: list[Layer], shared: Collection[nn.Module]) -> Tensor:
     """Return ΔW (out, in) of one module in float64: what all adapters on it, in their order, make of its weight."""
     site, module = layers[0].site, layers[0].module
     full = site.kind.canonical(_stored(layers[0])).double()
     weight = full
     for layer in layers:
-        adapter = copy.deepcopy(layer.adapter).double()
+        # What layers share is not copied: it is large, may hold the model, and stays in its dtype.
+        adapter = copy.deepcopy(layer.adapter, {id(module): module for module in shared}).double()
         assert isinstance(adapter, MergeableModule)
         part = weight if layer.site.rows is None else layer.site.rows.take(weight, -2)
         bias = layer.site.bias(module)

@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -34,7 +33,9 @@ Server = Literal["hf", "vllm"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT = 16
 _AS_LORA = "lightning-peft convert ADAPTER OUTPUT --to hf --as-lora RANK"
-_FORK = f"only the fork of MoRA's authors reads use_mora, released versions of HF peft do not; write its change as a LoRA: {_AS_LORA}"
+_FORK = (
+    f"only the fork of MoRA's authors reads use_mora, released versions of HF peft do not; write its change as a LoRA: {_AS_LORA}"
+)
 
 
 @dataclass
@@ -70,7 +71,7 @@ def suitability(source: str | os.PathLike[str], target: Server, revision: str | 
     Raises:
         FormatError: Nothing is there, or it is damaged.
     """
-    path = Path(source)
+    path = local_copy(source, revision)
     verdict = Verdict(target)
     if path.exists() and not is_hf_folder(path):
         adapter = read_adapter(path)
@@ -80,7 +81,7 @@ def suitability(source: str | os.PathLike[str], target: Server, revision: str | 
         )
         _of_strategy(adapter.strategy, adapter.state, bool(adapter.extra_state), verdict)
     else:
-        file = read_folder(local_copy(source, revision))
+        file = read_folder(path)
         _of_config(file.config, file.tensors, file.where, verdict)
     return verdict
 
@@ -97,21 +98,31 @@ def _of_strategy(strategy: PEFTStrategy, state: Mapping[str, Tensor], extra: boo
         )
     elif len(mains) > 1:
         verdict.blockers.append(f"{named} are several methods, and a file has one; write them as one LoRA: {_AS_LORA}")
-    if verdict.blockers:
-        return
-    main = mains[0]
+    if not verdict.blockers:
+        tell = _strategy_for_hf if verdict.target == "hf" else _strategy_for_vllm
+        tell(mains[0], singles, state, extra, verdict)
+
+
+def _strategy_for_hf(
+    main: PEFTStrategy, singles: list[PEFTStrategy], state: Mapping[str, Tensor], extra: bool, verdict: Verdict
+) -> None:
     table = format_for(main)
     assert table is not None
-    if verdict.target == "hf":
-        if table is MORA:
-            verdict.blockers.append(_FORK)
-        if table is not LORA and any(isinstance(s, (TokenRows, BitFit)) for s in singles if s is not main):
-            verdict.blockers.append(f"HF peft has token rows and biases beside a LoRA only, not beside {table.peft_type}; save them apart")
-        try:
-            table.check(main)
-        except ConfigError as error:
-            verdict.blockers.append(str(error))
-        return
+    if table is MORA:
+        verdict.blockers.append(_FORK)
+    if table is not LORA and any(isinstance(s, (TokenRows, BitFit)) for s in singles if s is not main):
+        verdict.blockers.append(
+            f"HF peft has token rows and biases beside a LoRA only, not beside {table.peft_type}; save them apart"
+        )
+    try:
+        table.check(main)
+    except ConfigError as error:
+        verdict.blockers.append(str(error))
+
+
+def _strategy_for_vllm(
+    main: PEFTStrategy, singles: list[PEFTStrategy], state: Mapping[str, Tensor], extra: bool, verdict: Verdict
+) -> None:
     if type(main) not in LORA.methods or isinstance(main, DoRA):
         way = (
             f"write its change of the weights as one: {_AS_LORA}"
@@ -136,18 +147,25 @@ def _of_strategy(strategy: PEFTStrategy, state: Mapping[str, Tensor], extra: boo
     if extra or len(singles) > 1 + sum(isinstance(s, TokenRows) for s in singles):
         verdict.blockers.append("vLLM takes no modules_to_save; merge the adapter (lightning-peft merge), or train without them")
     _vllm_rank(max(ranks.values(), default=main.rank), verdict)
+    verdict.hints.append(
+        "ranks of the parts of a fused projection (GPT-2's c_attn) add up in HF's files: inspect the converted folder again"
+    )
 
 
 def _of_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, verdict: Verdict) -> None:
-    if verdict.target == "hf":
-        verdict.hints.append("the files are HF peft's own")
-        if config.get("use_mora"):
-            verdict.blockers.append(_FORK)
-        try:
-            format_of(config, where).fields.check(config, where)
-        except (CompatibilityError, FormatError) as error:
-            verdict.hints.append(f"lightning_peft does not read it: {error}")
+    if verdict.target == "vllm":
+        _config_for_vllm(config, tensors, verdict)
         return
+    verdict.hints.append("the files are HF peft's own")
+    if config.get("use_mora"):
+        verdict.blockers.append(_FORK)
+    try:
+        format_of(config, where).fields.check(config, where)
+    except (CompatibilityError, FormatError) as error:
+        verdict.hints.append(f"lightning_peft does not read it: {error}")
+
+
+def _config_for_vllm(config: Mapping[str, Any], tensors: Mapping[str, Tensor], verdict: Verdict) -> None:
     if config["peft_type"] != "LORA":
         verdict.blockers.append(
             f"vLLM loads plain LoRA only, and this is {config['peft_type']}; convert it to the own format and then: {_AS_LORA}"

@@ -102,15 +102,15 @@ class GatedDifference(MergeableModule):
     def _spread(self, per_tensor: Tensor) -> Tensor:
         return torch.cat([value.expand(size) for value, size in zip(per_tensor.unbind(), self.sizes, strict=True)])
 
-    def _changes(self) -> tuple[Tensor, Tensor | None]:
-        """Return ΔW ``(*batch, out, in)`` and Δb (out,) of now."""
+    def _changes(self, *, drawn: bool) -> tuple[Tensor, Tensor | None]:
+        """Return ΔW ``(*batch, out, in)`` and Δb (out,)."""
         spec = self.spec
-        weight, *bias = self.difference(drawn=self.training and self.step is not None).split(self.sizes)
+        weight, *bias = self.difference(drawn=drawn).split(self.sizes)
         return weight.view(*spec.batch, spec.out_features, spec.in_features), bias[0] if bias else None
 
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        weight, bias = self._changes()
+        weight, bias = self._changes(drawn=self.training and self.step is not None)
         y = base.full_rank(x, weight)
         return y if bias is None else y + base.along_channels(bias).to(y)
 
@@ -121,7 +121,7 @@ class GatedDifference(MergeableModule):
         return self._added(weight, bias, -1)
 
     def _added(self, weight: Tensor, bias: Tensor | None, sign: int) -> tuple[Tensor, Tensor | None]:
-        change, of_bias = self._changes()
+        change, of_bias = self._changes(drawn=False)
         if bias is not None and of_bias is not None:
             bias = bias + sign * of_bias.to(bias)
         return weight + sign * change.to(weight), bias

@@ -78,6 +78,9 @@ class SideAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)  # (B, heads, S, w / heads)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
+        if causal and mask is not None and mask.shape[-2] == 1:  # it hides padding only, the same for every position
+            later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+            mask = mask & ~later if mask.dtype == torch.bool else mask.masked_fill(later, -torch.inf)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
         return h + _linear(mixed.transpose(1, 2).flatten(2), self.out_weight, self.out_bias)
 

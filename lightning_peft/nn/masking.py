@@ -32,13 +32,13 @@ def top_entries(scores: Scores, keep: int) -> Tensor:
     best = torch.empty(0)
     for part in scores():
         flat = part.flatten()
-        joined = torch.cat([best.to(flat), flat])
+        joined = torch.cat([best.to(flat.device), flat])  # of the wider dtype
         best = joined.topk(keep).values if len(joined) > keep else joined
     threshold = best.min()
     ties, offset, found = int((best == threshold).sum()), 0, list[Tensor]()
     for part in scores():
-        flat = part.flatten()
-        limit = threshold.to(flat)
+        flat = part.flatten().to(threshold.dtype)
+        limit = threshold.to(flat.device)
         equal = (flat == limit).nonzero().flatten()[:ties]
         ties -= len(equal)
         found.append(torch.cat([(flat > limit).nonzero().flatten(), equal]).sort().values.cpu() + offset)

@@ -1,4 +1,4 @@
-"""Calibration: what some methods start from is found in data, with the base as it is, and nothing of it is left changed."""
+"""Calibration: what some methods start from is found in data, with the model as it is, and nothing of it is left changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def calibrate(
 ) -> Calibration:
     """Return what the adapters of a method start from, found in data, for ``inject(..., calibration=)``.
 
-    The model runs in eval mode, without its adapters. Its modes, buffers, gradients, ``requires_grad`` and torch's random states are
+    The model runs in eval mode, without this adapter. Its modes, buffers, gradients, ``requires_grad`` and torch's random states are
     what they were afterwards. Under ``torch.distributed`` every rank gives its own batches, and gets the result of all of them.
 
     Args:
@@ -83,11 +83,16 @@ def measure(handle: Handle, batches: Iterable[Any], loss: Callable[[Any], Tensor
 
 @contextmanager
 def _undisturbed(around: nn.Module, handle: Handle) -> Iterator[None]:
-    """Inside, the base runs alone and in eval mode; afterwards all is what it was."""
+    """Inside, the model runs without the adapter and in eval mode; afterwards all is what it was."""
     modes = [(module, module.training) for module in around.modules()]
     # Codes and statistics of quantized weights do not move, and are large.
     plain = [module for module in around.modules() if backend_of(module) is None]
-    buffers = [(b, b.clone()) for module in plain for b in module._buffers.values() if b is not None and not b.is_meta]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in plain
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    ]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -99,7 +104,8 @@ def _undisturbed(around: nn.Module, handle: Handle) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
-                for buffer, before in buffers:
+                for module, name, buffer, before in buffers:
                     buffer.copy_(before)
+                    module._buffers[name] = buffer  # a forward may have put another tensor there
             for module, mode in modes:
                 module.training = mode

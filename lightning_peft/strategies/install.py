@@ -12,7 +12,7 @@ from lightning_peft.errors import CompatibilityError, ConfigError, ConflictError
 from lightning_peft.strategies.registry import resolve
 from lightning_peft.strategies.strategy import Calibration, PEFTStrategy
 from lightning_peft.surgery.anatomy import Family, anatomy_of
-from lightning_peft.surgery.handle import Handle
+from lightning_peft.surgery.handle import Handle, handles
 from lightning_peft.surgery.inject import apply_plan
 from lightning_peft.types import AdapterDtype, in_pieces
 
@@ -47,6 +47,32 @@ def reinstall(
     described = anatomy_of(model, anatomy)
     plan = strategy.plan(described)
     return apply_plan(model, plan, described, strategy, name=name, adapter_dtype=adapter_dtype, room=room)
+
+
+def exchange(handle: Handle, strategy: PEFTStrategy, action: str, *, dtype: torch.dtype, anatomy: Any = None) -> Handle:
+    """Put a fresh adapter of another strategy in the place of one, with its name and with what is known of its base and its task.
+
+    Args:
+        handle: The adapter that goes.
+        strategy: Of the one that comes.
+        action: Who asks, for the errors.
+        dtype: Of the new adapter's parameters.
+        anatomy: As for :func:`inject`.
+
+    Raises:
+        MergeError: The adapter is merged.
+        ConflictError: There are other adapters on the model, in whose order of installation its place would be another one.
+        PEFTError: As :func:`inject`. Nothing is gone then.
+    """
+    root, name, usage, installer = handle.root, handle.name, handle.usage, handle.installer
+    handle._forbid_merged(action)
+    if len(handles(root)) > 1:
+        raise ConflictError(f"{action} of adapter '{name}': remove() the other adapters of the model first.")
+    strategy.plan(anatomy_of(root, anatomy))
+    handle.remove()
+    fresh = reinstall(root, strategy, name, adapter_dtype=str(dtype).removeprefix("torch."), anatomy=anatomy)  # type: ignore[arg-type]
+    fresh.usage, fresh.installer = usage, installer
+    return fresh
 
 
 def inject(
@@ -114,8 +140,13 @@ def start_from(handle: Handle, calibration: Calibration) -> None:
     """Copy a calibration into the adapter; all tensors are checked before the first is written.
 
     Raises:
-        CompatibilityError: It is of another strategy or another base.
+        CompatibilityError: It is of another strategy or another base, or empty.
     """
+    if not calibration:
+        raise CompatibilityError(
+            f"the calibration is empty, and {type(handle.strategy).__name__} starts from one. Calibrate with this strategy: "
+            "lp.calibrate(model, strategy, batches, loss)."
+        )
     slots = {slot.key: slot for slot in handle.slots}
     for key, value in calibration.items():
         if key not in slots or slots[key].tensor().shape != value.shape:

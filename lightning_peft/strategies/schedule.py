@@ -54,6 +54,9 @@ class Schedule:
     def after_step(self, optimizer: optim.Optimizer | None, *, skipped: bool = False) -> None:
         """Called once per optimizer step, after it; ``skipped`` when the gradient scaler skipped it."""
 
+    def on_end(self) -> None:
+        """Called when the run is over, also after an error: without a run, the adapters act in training mode as in evaluation."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which :meth:`load_state_dict` continues exactly."""
         return {}

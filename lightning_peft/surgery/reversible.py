@@ -35,6 +35,7 @@ from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.block_call import BlockCall, beside, without_gradient
 from lightning_peft.surgery.edits import Replace, Tap
 from lightning_peft.surgery.halves import SkipTap, skipping
+from lightning_peft.surgery.passes import captured
 from lightning_peft.surgery.ports import BodyPort, Port
 from lightning_peft.surgery.recompute import cache_parameters, recomputed_elsewhere, without_cache
 from lightning_peft.surgery.stack import Call, CallAdapter, stack_of
@@ -237,7 +238,7 @@ class ReversibleBlock(CallAdapter):
         """Return the block as a layer of a chain, with one call's arguments."""
         tensors = call.give_up_tensors()
         parameters = tuple(p for p in self.block.parameters() if p.requires_grad)
-        f, g = (functools.partial(_part_again, self, part, call) for part in (self.arrangement.f, self.arrangement.g))
+        f, g = (captured(functools.partial(_part_again, self, part, call)) for part in (self.arrangement.f, self.arrangement.g))
         return ReversibleLayer(f, g, tensors, parameters)
 
     def _search(self, out: Tensor, x: Tensor, given: Sequence[Tensor]) -> None:

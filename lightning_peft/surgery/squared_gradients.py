@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from lightning_peft.errors import ConfigError
 from lightning_peft.quantization.backend import backend_of
 from lightning_peft.surgery.layers import parameter
-from lightning_peft.surgery.sites import Site
+from lightning_peft.surgery.sites import Site, split_input
 
 
 class SquaredGradients:
@@ -52,7 +52,7 @@ class SquaredGradients:
             p.requires_grad_(True)
             self._hooks.append(p.register_post_accumulate_grad_hook(self._count))
         for module in self._coded:
-            self._hooks.append(module.register_forward_hook(self._watch))
+            self._hooks.append(module.register_forward_hook(self._watch, with_kwargs=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -88,7 +88,7 @@ class SquaredGradients:
         """Return the sums of a site's weight, canonical ``(*batch, out, in)``, and of its bias (out,) if it has one."""
         module, bias_name = site.module(root), site.bias_name(root.get_submodule(site.path))
         if module in self._coded:
-            shape = (site.spec.out_features, site.spec.in_features)
+            shape = (module.out_features, module.in_features)  # of the whole layer, of which the site may be a part
             weight = self._sum(id(module), parameter(module, site.tensor), shape)
         else:
             stored = parameter(module, site.tensor)
@@ -114,10 +114,11 @@ class SquaredGradients:
         self._put(id(p), p.grad.detach())
         p.grad = None
 
-    def _watch(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def _watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
         """Add zeros to the output of a quantized layer, whose gradient is that of the output."""
+        x, _ = split_input(module, args, kwargs)
         probe = torch.zeros_like(out).requires_grad_(True)
-        probe.register_post_accumulate_grad_hook(functools.partial(self._count_coded, module, args[0].detach()))
+        probe.register_post_accumulate_grad_hook(functools.partial(self._count_coded, module, x.detach()))
         self._probes.append((module, probe))
         return out + probe
 

@@ -212,8 +212,9 @@ class PEFTCallback(Installer):
         wish = schedule.second_pass()
         if wish is not None:
             run.repeater = Repeater(handle, wish, by_itself=is_a(pl_module, "PEFTLightningModule"))
-            run.repeater.check(trainer, self.gradient_checkpointing)
             run.undo.append(run.repeater.close)
+            run.repeater.check(trainer, self.gradient_checkpointing)
+        run.undo.append(schedule.on_end)
         schedule.on_start(int(total))
         if run.saved_schedule:  # empty in what a finder saves: it starts before this hook
             schedule.load_state_dict(run.saved_schedule)

@@ -21,7 +21,7 @@ from lightning_peft.checkpoint import AdapterFile, check_base, read_adapter, sav
 from lightning_peft.errors import ConfigError, PEFTError, UnsupportedLayerError
 from lightning_peft.hub import local_copy
 from lightning_peft.interop import HFExport, is_hf_folder, load_hf, push, save_hf
-from lightning_peft.interop.files import read_folder
+from lightning_peft.interop.files import HFFile, read_folder
 from lightning_peft.loading.base import AUTO_CLASSES, BaseSource, load_model
 from lightning_peft.strategies.install import reinstall
 from lightning_peft.surgery.handle import Handle
@@ -114,13 +114,27 @@ def _to_native(source: Path, folder: Path, base: str | None) -> list[str]:
 
 def _hf_handle(source: Path, base: str | None) -> Handle:
     """Return an adapter of HF peft on its base."""
-    config = read_folder(source).config
+    file = read_folder(source)
+    config = file.config
     name = base or config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ConfigError(f"'{source}' does not say which base model it belongs to; name it with --base.")
     known = config.get("revision") if base is None and isinstance(config.get("revision"), str) else None
-    model = load_model(BaseSource(name=name, revision=known), _TASKS.get(str(config.get("task_type")), "causal_lm")).model
-    return load_hf(model, source)
+    task, place = _TASKS.get(str(config.get("task_type")), "causal_lm"), BaseSource(name=name, revision=known)
+    model = load_model(place, task).model
+    labels = None
+    if (rows := _classes(file)) not in (None, model.config.num_labels):
+        labels = [f"LABEL_{i}" for i in range(rows)]  # HF's files know no names
+        model = load_model(place, task, labels).model
+    handle = load_hf(model, source)
+    handle.usage |= {"base": name, "revision": known} | ({} if labels is None else {"labels": labels})
+    return handle
+
+
+def _classes(file: HFFile) -> int | None:
+    """Return how many classes the head in a file has; None without a head."""
+    ends = tuple(f".{head}.weight" for head in ("classifier", "score", "classifier.out_proj"))
+    return next((len(tensor) for key, tensor in file.tensors.items() if key.endswith(ends)), None)
 
 
 def _heads(adapter: AdapterFile, handle: Handle) -> Sequence[str]:

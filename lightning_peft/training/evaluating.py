@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lightning_peft.training.generation import answer_scores, generate, matched
 from lightning_peft.training.metrics import F1, Accuracy, collection
@@ -98,11 +98,18 @@ class Evaluator(pl.LightningModule):
         for name in (split, f"{split}_answers"):
             if name in self.metrics:
                 metrics = self._metrics(name)
-                seen = {f"{split}_{key}": metric.compute() for key, metric in metrics.items() if metric.update_called}
+                seen = {f"{split}_{key}": metric.compute() for key, metric in metrics.items() if self._has_rows(metric)}
                 with torch.inference_mode(False):
                     metrics.reset()
                 # Exact over ranks already: the metrics added their sums and counts.
                 self.log_dict(seen, prog_bar=True, rank_zero_only=False)
+
+    def _has_rows(self, metric: Metric) -> bool:
+        """Return whether any rank has updated a metric; then all have to compute it, which adds up their sums."""
+        seen: bool = self.trainer.strategy.reduce_boolean_decision(metric.update_called, all=False)
+        if seen and not metric.update_called:
+            metric._update_count = 1  # torchmetrics would warn; the sums of this rank are zeros
+        return seen
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> list[Any]:
         """Return one prediction per row.

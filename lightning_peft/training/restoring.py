@@ -64,7 +64,6 @@ def prepare(
         live = live_keys(handle, root)
         known |= set(live.values())
         _check_adapter(checkpoint, where, owner.name, handle, live, state, shapes)
-        handle.calibrated = True  # what came from data is among these tensors
         if "peft" in checkpoint:
             verdict = check_base(handle, manifests_of(checkpoint, where)[owner.name])
             if verdict is not None:
@@ -76,6 +75,8 @@ def prepare(
             "it, with its name and strategy."
         )
     _check_extras(checkpoint, where, module, installed, state, shapes)
+    for _, handle in installed:
+        handle.calibrated = True  # what came from data is among the tensors
     return checkpoint
 
 

@@ -271,6 +271,22 @@ def test_convert_as_lora(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert config_of(tmp_path / "lora")["r"] == 4
 
 
+def test_convert_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str, str]] = []
+    there = hf_save(hf_model(Case("llama", "LoraConfig", {"r": 2, "target_modules": TARGETS})), tmp_path / "there")
+
+    def download(name: str, *, revision: str, **options: Any) -> str:
+        asked.append((name, revision))
+        return str(there)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    main(["convert", "user/adapter", str(tmp_path / "here"), "--to", "native", "--revision", "v1", "--base", str(base)])
+    assert asked == [("user/adapter", "v1")]
+    assert "LoRA" in lp.inspect_adapter(tmp_path / "here")
+
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "nowhere": (["missing", "out", "--to", "hf"], "does not exist"),
     "no output": (["{adapter}", "--to", "hf"], "name a folder for the result"),
@@ -342,6 +358,7 @@ VLLM: dict[str, tuple[lp.PEFTStrategy, str | None]] = {
     "relora": (lp.ReLoRA(rank=4), None),
     "dora": (lp.DoRA(rank=4), "plain LoRA only, and this is DoRA"),
     "vera": (lp.VeRA(rank=4), "plain LoRA only.*--as-lora"),
+    "mora": (lp.MoRA(rank=4), "plain LoRA only, and this is MoRA"),
     "prompt": (lp.PromptTuning(num_virtual_tokens=2), "merging is not possible"),
     "houlsby": (lp.HoulsbyAdapter(), "no type for HoulsbyAdapter"),
     "ssf": (lp.SSF(), "no type for SSF.*--as-lora"),
@@ -364,7 +381,7 @@ def test_inspect_for_vllm(strategy: lp.PEFTStrategy, blocker: str | None, tmp_pa
     if blocker is not None:
         assert re.search(blocker, verdict.text())
         if "type for" not in blocker and "several" not in blocker:
-            assert not suitability(tmp_path / "native", "hf").blockers
+            assert bool(suitability(tmp_path / "native", "hf").blockers) == isinstance(strategy, lp.MoRA)
             save_hf(handle, tmp_path / "hf")
             assert suitability(tmp_path / "hf", "vllm").blockers
 

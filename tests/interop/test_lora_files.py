@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.errors import CompatibilityError, ConfigError, UnsupportedLayerError
-from lightning_peft.interop import load_hf, save_hf
+from lightning_peft.errors import CompatibilityError, ConfigError, FormatError, UnsupportedLayerError
+from lightning_peft.interop import load_hf, save_hf, suitability
+from lightning_peft.nn.square_matrix import side_of
 from tests.backbones import BACKBONES, run
 from tests.interop.peers import (
     Case,
@@ -27,6 +30,7 @@ from tests.interop.peers import (
     shake,
     tensors_of,
 )
+from tests.papers.test_mora import reference
 
 LORA = {"r": 3, "lora_alpha": 5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -264,6 +268,30 @@ def test_mora_of_the_fork(tmp_path: Path) -> None:
     back = load_hf(other, tmp_path / "ours")
     assert isinstance(back.strategy, lp.MoRA)
     close(logits(other, "llama"), expected)
+
+
+@pytest.mark.parametrize("kind", [None, 1, 2, 3, 4, 6])
+def test_a_file_of_the_forks_own(kind: int | None, tmp_path: Path) -> None:
+    """Written by hand as the fork writes it: one square matrix under both keys, no scaling by alpha; the change is the paper's."""
+    model, key = fresh("llama"), "model.layers.1.mlp.down_proj"
+    weight = model.get_submodule(key).weight
+    side = side_of(2, *weight.shape, (kind or 1,))
+    M = torch.randn(side, side, generator=torch.Generator().manual_seed(5))
+    names = [f"base_model.model.{key}.lora_{name}.weight" for name in "AB"]
+    save_file({name: M.clone() for name in names}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "use_mora": True, "r": 2, "lora_alpha": 64, "target_modules": [key]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | ({} if kind is None else {"mora_type": kind})))
+    handle = load_hf(model, tmp_path)
+    found = logits(model, "llama")
+    handle.remove()
+    with torch.no_grad():
+        weight += reference(M.double(), *weight.shape, kind or 1).float()
+    close(found, logits(model, "llama"))
+    assert "the fork of MoRA's authors" in "".join(suitability(tmp_path, "hf").blockers)
+
+    save_file({name: M + i for i, name in enumerate(names)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match="two different matrices"):
+        load_hf(fresh("llama"), tmp_path)
 
 
 def test_a_prefix_that_shifts_the_text_is_written_as_it_is(tmp_path: Path) -> None:

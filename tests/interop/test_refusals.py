@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import lightning_peft as lp
 from lightning_peft.errors import CompatibilityError, ConfigError, FormatError, MergeError, PEFTError, UnsupportedLayerError
-from lightning_peft.interop import load_hf, save_hf
+from lightning_peft.interop import load_hf, save_hf, suitability
 from tests.backbones import BACKBONES
 from tests.interop.peers import Case, change, config_of, fresh, hf_model, hf_save, tensors_of
 
@@ -239,6 +240,15 @@ def test_what_hf_cannot_say(backbone: str, strategy: lp.PEFTStrategy, error: typ
     with pytest.raises(error, match=match):
         save_hf(handle, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("name", ["no type", "two methods", "tokens beside loha", "groups"])
+def test_inspect_says_it_before(name: str, tmp_path: Path) -> None:
+    backbone, strategy, _, match = UNSAYABLE[name]
+    lp.save_adapter(lp.inject(BACKBONES[backbone].fresh(), strategy), tmp_path)
+    verdict = suitability(tmp_path, "hf")
+    assert verdict.blockers
+    assert name == "two methods" or re.search(match, verdict.text())
 
 
 def test_a_merged_adapter(tmp_path: Path) -> None:

@@ -163,6 +163,10 @@ class _Schedules(Schedule):
         for part in self.parts:
             part.after_step(optimizer, skipped=skipped)
 
+    def on_end(self) -> None:
+        for part in self.parts:
+            part.on_end()
+
     def state_dict(self) -> dict[str, Any]:
         return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
 

@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import Tensor, optim
 
-from lightning_peft.errors import ConfigError, ConflictError, MergeError
+from lightning_peft.errors import ConfigError
 from lightning_peft.nn.mixture import Clock, MixedAdapter, build_mixed, consistency
 from lightning_peft.strategies.additive.houlsby import HoulsbyAdapter
 from lightning_peft.strategies.hybrid.wrapping import Wrapping
-from lightning_peft.strategies.install import reinstall
+from lightning_peft.strategies.install import exchange
 from lightning_peft.strategies.registry import register
 from lightning_peft.strategies.schedule import Schedule, SecondPass
 from lightning_peft.strategies.strategy import PEFTStrategy, require
-from lightning_peft.surgery.anatomy import Anatomy, anatomy_of
+from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Plan
-from lightning_peft.surgery.handle import Handle, Slot, handles
+from lightning_peft.surgery.handle import Handle, Slot
 
 
 @register(
@@ -114,12 +114,6 @@ class Mixture(Wrapping):
             raise ConfigError(
                 f"deploy(): adapter '{handle.name}' is a {type(strategy).__name__}, and only a mixture has averages."
             )
-        if handle.merged:
-            raise MergeError(
-                f"deploy() while adapter '{handle.name}' is merged: its effect is in the weights. Call unmerge() first."
-            )
-        if len(handles(handle.root)) > 1:
-            raise ConflictError(f"deploy() of adapter '{handle.name}': remove() the other adapters of the model first.")
         state = {key: tensor.clone() for key, tensor in handle.state_dict().items()}
         own = [entry for entry in handle.entries if isinstance(entry.adapter, MixedAdapter)]
         for entry in own:
@@ -127,13 +121,9 @@ class Mixture(Wrapping):
             prefix = f"{entry.key}." if entry.key else ""
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{prefix}adapter.")}
             state |= {prefix + name: tensor.clone() for name, tensor in entry.adapter.averages().items()}
-        dtype: Any = str(next(own[0].adapter.parameters()).dtype).removeprefix("torch.")
-        root, name, usage, installer = handle.root, handle.name, handle.usage, handle.installer
-        strategy.inner.plan(anatomy_of(root, anatomy))  # if that fails, before anything is gone
-        handle.remove()
-        plain = reinstall(root, strategy.inner, name, adapter_dtype=dtype, anatomy=anatomy)
+        dtype = next(own[0].adapter.parameters()).dtype
+        plain = exchange(handle, strategy.inner, "deploy()", dtype=dtype, anatomy=anatomy)
         plain.load_state_dict(state)
-        plain.usage, plain.installer = usage, installer
         return plain
 
 
@@ -158,6 +148,10 @@ class Routing(Schedule):
 
     def after_step(self, optimizer: optim.Optimizer | None, *, skipped: bool = False) -> None:
         self.clock.step += not skipped
+
+    def on_end(self) -> None:
+        for adapter, _ in self.places:
+            adapter.routing = None  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.clock.step, "seed": self.clock.seed}

@@ -104,6 +104,10 @@ class RandomRanks(Schedule):
         self.step += not skipped
         self._draw()
 
+    def on_end(self) -> None:
+        for adapter in self.adapters:
+            adapter.trained_rank = adapter.used_rank
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "seed": self.seed}
 

@@ -17,7 +17,7 @@ from torch import Tensor, optim
 from lightning_peft.errors import ConfigError
 from lightning_peft.nn.hard_concrete import GatedDifference
 from lightning_peft.nn.masking import top_entries
-from lightning_peft.strategies.install import LATER, inject, start_from
+from lightning_peft.strategies.install import exchange, start_from
 from lightning_peft.strategies.registry import register
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.strategies.selective.masks import WholeModel
@@ -105,6 +105,8 @@ class DiffPruning(WholeModel):
 
         Raises:
             ConfigError: The adapter is not one of this strategy alone, or its run has not come to the pruning.
+            MergeError: It is merged.
+            ConflictError: There are other adapters on the model.
         """
         adapters = [e.adapter for e in handle.entries if isinstance(e.adapter, GatedDifference)]
         if handle.strategy != self or self.finished:
@@ -116,11 +118,7 @@ class DiffPruning(WholeModel):
         with torch.no_grad():
             kept = torch.cat([adapter.diff_alpha.cpu() > 0 for adapter in adapters])
             values = torch.cat([adapter.difference().cpu() for adapter in adapters])[kept]
-        dtype: Any = str(values.dtype).removeprefix("torch.")
-        handle.remove()
-        sparse = inject(
-            handle.root, replace(self, finished=True), handle.name, adapter_dtype=dtype, anatomy=anatomy, calibration=LATER
-        )
+        sparse = exchange(handle, replace(self, finished=True), "finish()", dtype=values.dtype, anatomy=anatomy)
         found = {"values": values, "indices": kept.nonzero().flatten()}
         start_from(sparse, {slot.key: found[slot.attribute] for slot in sparse.slots})
         return sparse
@@ -221,9 +219,15 @@ class Stages(Schedule):
         for adapter in self.adapters:
             adapter.step = None if self.pruned else self.step
 
+    def on_end(self) -> None:
+        for adapter in self.adapters:
+            adapter.step = None
+
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "total_steps": self.total_steps}
+        return {"step": self.step, "total_steps": self.total_steps, "seeds": [adapter.seed for adapter in self.adapters]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.total_steps = state["step"], state["total_steps"]
+        for adapter, seed in zip(self.adapters, state["seeds"], strict=True):
+            adapter.seed = seed
         self._tell()
