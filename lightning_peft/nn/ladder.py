@@ -26,7 +26,7 @@ class Attended:
 
     Args:
         memory: Output of another side network, (B, T, w), for cross attention.
-        causal: Position i sees positions up to i, where there is no mask.
+        causal: Position i sees positions up to i, where the mask does not say what each one sees.
     """
 
     memory: Tensor | None = None

@@ -250,6 +250,17 @@ def fit_text(
     run.fit(module(method, dropout=0.1), data, ckpt_path=start)
 
 
+def validate_few(kind: str, folder: Path) -> dict[str, float]:
+    """Return the validation loss of one row, which leaves the second rank without a label."""
+    texts = Texts(2)
+    texts.ids[1] = texts.ids[0]
+    rows = [texts[0], {**texts[1], "labels": torch.full_like(texts.ids[1], -100)}]
+    own = rows if kind == "single" else rows[int(os.environ["RANK"]) :][:1]
+    run = trainer(kind, folder)
+    (found,) = run.validate(module("LoRA"), DataLoader(own, batch_size=len(own)), verbose=False)
+    return dict(found)
+
+
 def start_unseeded(kind: str, folder: Path) -> list[Any]:
     """Return the A of the first layer of a model without a seed, before the run and at its start."""
     torch.seed()

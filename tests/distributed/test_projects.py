@@ -102,6 +102,12 @@ def test_every_rank_starts_from_the_adapter_of_rank_zero(kind: str, tmp_path: Pa
     assert start == same == own
 
 
+def test_a_rank_without_labels_validates_with_the_others(tmp_path: Path) -> None:
+    (alone,) = ranks.run(cases.validate_few, "single", tmp_path, ranks=1)
+    for found in ranks.run(cases.validate_few, "ddp", tmp_path):
+        assert found == pytest.approx(alone, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_smollm2_trains_alike_under_every_strategy(tmp_path: Path) -> None:
     folder = str(smollm2())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ def test_as_lora_of_fused_parts_and_embeddings(tmp_path: Path) -> None:
 def test_as_lora_of_what_changes_no_weights(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="no change of weights"):
         save_hf(lp.inject(fresh("llama"), lp.PromptTuning(num_virtual_tokens=2)), tmp_path / "prompt", as_lora=True)
+    both = lp.inject(fresh("llama"), [lp.LoRA(rank=2), lp.HoulsbyAdapter()])
+    with pytest.raises(MergeError, match="has a Bottleneck.*no change of weights"):
+        save_hf(both, tmp_path / "both", as_lora=True)
+    assert not list(tmp_path.iterdir())
     handle = lp.inject(fresh("llama"), lp.IA3())
     shake(handle.trainable_parameters())
     with pytest.raises(MergeError, match="changes the bias too"):
@@ -284,7 +289,27 @@ def test_convert_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     main(["convert", "user/adapter", str(tmp_path / "here"), "--to", "native", "--revision", "v1", "--base", str(base)])
     assert asked == [("user/adapter", "v1")]
-    assert "LoRA" in lp.inspect_adapter(tmp_path / "here")
+    assert json.loads((tmp_path / "here" / "adapter.json").read_text())["usage"]["base"] == str(base)
+    there = tmp_path / "here"
+    assert not suitability("user/adapter", "hf", "v2").blockers  # of our own format, as push() uploads it
+    assert asked[-1] == ("user/adapter", "v2")
+
+
+def test_convert_makes_the_head_that_is_saved(tmp_path: Path) -> None:
+    import peft
+    from transformers import BertForSequenceClassification
+
+    plain = BACKBONES["bert"].fresh().bert.config  # type: ignore[union-attr]
+    model = BertForSequenceClassification(plain)
+    model.save_pretrained(tmp_path / "base")
+    plain.num_labels = 5
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(BertForSequenceClassification(plain), config)
+    hf_save(adapted, tmp_path / "there")
+    main(["convert", str(tmp_path / "there"), str(tmp_path / "here"), "--to", "native", "--base", str(tmp_path / "base")])
+    manifest = json.loads((tmp_path / "here" / "adapter.json").read_text())
+    assert manifest["usage"]["labels"] == [f"LABEL_{i}" for i in range(5)]
+    assert manifest["usage"]["base"] == str(tmp_path / "base")
 
 
 WRONG: dict[str, tuple[list[str], str]] = {

@@ -263,6 +263,14 @@ def test_deploy_refuses_what_has_no_averages_and_changes_nothing() -> None:
     assert lp.handles(model) == {"default": lora, "second": mixture}
 
 
+def test_after_the_run_the_averages_act_in_training_mode_too() -> None:
+    model, _, schedule = adapted(experts=4, sharing_up=False)
+    drawn_copies = model(X)
+    schedule.on_end()
+    torch.testing.assert_close(model(X), model.eval()(X))
+    assert not torch.allclose(model(X), drawn_copies)
+
+
 def test_a_resumed_schedule_draws_what_the_first_one_would_have() -> None:
     _, handle, schedule = adapted(experts=4)
     for _ in range(3):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_peft as lp
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, ConflictError, MergeError
 from lightning_peft.nn.hard_concrete import CLOSED, HIGH, LOW, OPEN, GatedDifference, gate, open_probability
 from lightning_peft.strategies.schedule import Schedule
 from tests.backbones import BACKBONES, flat, loss_of, run
@@ -228,6 +228,33 @@ def test_resuming_in_every_stage_is_exact(at: int, structured: bool) -> None:
     assert torch.equal(session(half, at, 20)[0], whole)
 
 
+def test_a_resumed_run_draws_the_gates_of_the_one_that_was_saved() -> None:
+    first = lp.inject(mlp(), strategy())
+    state = first.strategy.schedule(first).state_dict()
+    torch.manual_seed(77)
+    other = lp.inject(mlp(), strategy())
+    assert [a.seed for a in adapters(other)] != [a.seed for a in adapters(first)]
+    other.strategy.schedule(other).load_state_dict(state)
+    assert [a.seed for a in adapters(other)] == [a.seed for a in adapters(first)]
+
+
+def test_merging_in_the_middle_of_a_run_is_without_noise_and_the_end_takes_it_away() -> None:
+    model = mlp()
+    handle = install(model, strategy(alpha=0.5))
+    randomize(handle)
+    expected = model.eval()(X)
+    schedule = handle.strategy.schedule(handle)
+    schedule.on_start(20)
+    assert not torch.equal(model.train()(X), expected)
+    handle.merge()
+    torch.testing.assert_close(model(X), expected)
+    model.eval()
+    handle.unmerge()
+    torch.testing.assert_close(model(X), expected)
+    schedule.on_end()
+    assert torch.equal(model.train()(X), expected)
+
+
 def test_a_finished_adapter_loads_and_is_sparse(tmp_path: Any) -> None:
     model = mlp()
     handle = install(model, strategy())
@@ -255,8 +282,18 @@ def test_finish_leaves_the_kept_entries_only(structured: bool, tmp_path: Any) ->
     train(model, handle, schedule, optimizer, 3)
     with pytest.raises(ConfigError, match="not of this strategy"):
         lp.DiffPruning().finish(handle)
+    handle.usage = {"base": "a name"}
+    handle.merge()
+    with pytest.raises(MergeError, match=r"finish\(\)"):
+        handle.strategy.finish(handle)
+    handle.unmerge()
+    other = install(model, lp.LoRA(rank=2, targets=["l1"]), "other")
+    with pytest.raises(ConflictError, match=r"finish\(\).*other adapters"):
+        handle.strategy.finish(handle)
+    other.remove()
     expected = model.eval()(X)
     sparse = handle.strategy.finish(handle)
+    assert sparse.usage == {"base": "a name"}
     assert lp.handles(model) == {"default": sparse}
     torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
     count = round(0.05 * ENTRIES)

@@ -257,6 +257,25 @@ def test_masks_of_torch_layers(boolean: bool) -> None:
     torch.testing.assert_close(full[:, :3], other[:, :3])
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_causal_side_network_sees_no_later_position_behind_a_padding_mask(dtype: torch.dtype) -> None:
+    """What blocks are handed by some attention implementations says which tokens are padding, and nothing of the order."""
+    handle = inject(llama(), LadderSideTuning(reduction=4, heads=2, layers=[0, 2]))
+    stir(handle)
+    net = handle.entries[0].adapter.network
+    x, outputs = torch.randn(2, 5, 32), [torch.randn(2, 5, 32) for _ in range(2)]
+    shown = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    shown[1, ..., :2] = False
+    mask = shown if dtype == torch.bool else torch.zeros(shown.shape).masked_fill(~shown, -torch.inf)
+    later = torch.ones(5, 5, dtype=torch.bool).tril()
+    found, expected = (
+        net(x, [Rung(x, out, m) for out in outputs], Attended(causal=causal))
+        for m, causal in ((mask, True), (shown & later, False))
+    )
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1, 2:], expected[1, 2:])
+
+
 class Stack(nn.Module):
     """A model that hands boolean masks to torch's layers."""
 

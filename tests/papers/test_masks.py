@@ -80,6 +80,10 @@ def test_equal_scores_go_to_the_first_entries_and_parts_make_no_difference() -> 
         assert top_entries(lambda parts=parts: parts, 5).tolist() == [0, 1, 2, 3, 5]
         assert top_entries(lambda parts=parts: parts, 8).tolist() == list(range(8))
     assert top_entries(lambda: [torch.zeros(4), torch.zeros(4)], 5).tolist() == [0, 1, 2, 3, 4]
+    mixed = [torch.tensor([1.0, 3.0]).bfloat16(), torch.tensor([1.001, 2.0]), torch.tensor([1.0, 1.5]).half()]
+    for parts in (mixed, mixed[::-1]):  # fp16 models with norms in fp32: compared without rounding
+        expected = torch.cat([p.float() for p in parts]).topk(4).indices.sort().values
+        assert torch.equal(top_entries(lambda parts=parts: parts, 4), expected)
     generator = torch.Generator().manual_seed(1)
     many = torch.randint(0, 9, (500,), generator=generator).double()
     for keep in (1, 17, 250, 499):
@@ -222,11 +226,21 @@ def test_scores_of_a_quantized_layer_are_those_of_the_matrix_that_its_codes_stan
     for each in (quantized, dense):
         sites = lp.RandomMask(targets=["0", "2"]).sites(lp.anatomy_of(each))
         with SquaredGradients(each, sites) as squares:
-            squares.add(each(x).pow(3).sum())
+            squares.add(each[2](input=torch.tanh(each[0](x))).pow(3).sum())  # by position and by keyword
             found.append([squares.of(each, site) for site in sites])
     for (a, bias_a), (b, bias_b) in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(bias_a, bias_b, rtol=1e-9, atol=1e-12)
+
+
+def test_parts_of_a_quantized_layer_that_no_gradient_reaches_have_scores_of_zero() -> None:
+    model = quantize(BACKBONES["gpt2"].fresh(), Quantization(scheme="nf4", backend="torch"))
+    anatomy = lp.anatomy_of(model)
+    sites = [site for role in ("query", "key", "value") for site in anatomy.sites(f"attention.{role}")]
+    with SquaredGradients(model, sites) as squares:
+        squares.add(model.get_output_embeddings().weight.sum())
+        assert all(not squares.of(model, site)[0].any() for site in sites)
+        assert {tuple(squares.of(model, s)[0].shape) for s in sites} == {(s.spec.out_features, s.spec.in_features) for s in sites}
 
 
 def test_no_more_samples_than_asked_for_are_drawn() -> None:
@@ -269,6 +283,32 @@ def test_calibration_leaves_everything_as_it_was() -> None:
     assert model[3].weight.grad is None
     assert lp.handles(model) == {}
     assert not any("peft" in key for key in model.state_dict())
+
+
+class Centered(nn.Module):
+    """Puts a new tensor in the place of its buffer at every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("center", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        self.center = 0.9 * self.center + 0.1 * y.detach().mean(0)
+        return y - self.center
+
+
+def test_calibration_restores_buffers_that_are_replaced() -> None:
+    model = Centered()
+    center = model.center
+    found = lp.calibrate(model, lp.FISHMask(share=0.2), [torch.ones(4, 6)], lambda batch: model(batch).square().sum())
+    assert model.center is center
+    assert not center.any()
+    with pytest.raises(CompatibilityError, match="the calibration is empty"):
+        lp.inject(model, lp.FISHMask(share=0.2), calibration={})
+    assert lp.handles(model) == {}
+    assert found
 
 
 def test_a_composition_is_calibrated_part_by_part() -> None:

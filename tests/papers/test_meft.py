@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import lightning_peft as lp
 from lightning_peft.errors import ConfigError, ConflictError, MergeError, PortError, TargetError
 from lightning_peft.nn.reversible import Coupling, ReversibleChain, ReversibleLayer
+from lightning_peft.surgery.passes import in_pass
 from lightning_peft.surgery.recompute import GradientCheckpointing, checkpoint_blocks
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -363,6 +364,21 @@ def test_other_adapters_in_the_blocks_and_the_embeddings_train(name: str) -> Non
         results.append(gradients(model, batch, [*first.trainable_parameters(), *handle.trainable_parameters()])[1])
         assert all(g.abs().max() > 0 for g in results[-1][: len(first.trainable_parameters())])
     assert difference(*results) < 1e-8
+
+
+def test_a_mixture_in_the_blocks_draws_again_what_its_pass_drew() -> None:
+    found = []
+    for every in (100, 1):  # reversible, and as plain autograd
+        model, batch = build("bert")
+        handle = stirred(model, lp.Compose(parts=(lp.AdaMix(part=lp.LoRA(rank=2)), method(2, anchor_every=every))))
+        schedule = handle.strategy.schedule(handle)
+        schedule.on_start(3)
+        first = main(model.train()(**batch))
+        with in_pass(1):
+            second = main(model(**batch))
+        (first - 2 * second).square().sum().backward()
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in handle.trainable_parameters()])
+    assert difference(*found) < 1e-6
 
 
 def test_a_prefix_is_either_right_or_refused() -> None:
