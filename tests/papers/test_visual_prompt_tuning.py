@@ -58,6 +58,28 @@ def test_equals_the_paper_with_the_prompt_behind_cls(deep: bool) -> None:
 
 
 @DEPTHS
+def test_it_learns_what_other_prompts_do(deep: bool) -> None:
+    """It is no method of the sweep, which has texts: here it has to find what a model with hidden prompts answers."""
+    teacher, _, hidden = adapted(deep)
+    student, handle, prompts = adapted(deep)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(16, *X["pixel_values"].shape[1:], generator=generator, dtype=D)
+    with torch.no_grad():
+        for p in hidden:
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=D))
+        wanted = teacher(images).logits
+    optimizer, losses = torch.optim.Adam(prompts, lr=0.05), []
+    for _ in range(60):
+        losses.append(loss := nn.functional.mse_loss(student(images).logits, wanted))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.1 * losses[0]
+    with handle.disabled():
+        assert nn.functional.mse_loss(student(images).logits, wanted) > 5 * losses[-1]
+
+
+@DEPTHS
 def test_gradients_equal_plain_autograd(deep: bool) -> None:
     model, _, prompts = adapted(deep)
     model(**X).logits.square().sum().backward()
