@@ -75,8 +75,7 @@ class PEFTCLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else self.config
         # A misspelt option passes the parser's union of types as a plain mapping; resolve() is what knows names and types.
-        strategy = config.model.strategy
-        resolve(strategy.as_dict() if hasattr(strategy, "as_dict") else strategy)
+        resolve(_plain(config.model.strategy))
 
     def instantiate_classes(self) -> None:
         """Make Trainer, module and data; whatever goes wrong there is a mistake in the config.
@@ -216,6 +215,15 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def _plain(value: Any) -> Any:
+    """Return a parsed value with mappings in place of jsonargparse's namespaces, also inside lists."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _methods(options: argparse.Namespace) -> str:

@@ -231,8 +231,9 @@ def test_resuming_in_every_stage_is_exact(at: int, structured: bool) -> None:
 def test_a_resumed_run_draws_the_gates_of_the_one_that_was_saved() -> None:
     first = lp.inject(mlp(), strategy())
     state = first.strategy.schedule(first).state_dict()
+    base = mlp()
     torch.manual_seed(77)
-    other = lp.inject(mlp(), strategy())
+    other = lp.inject(base, strategy())
     assert [a.seed for a in adapters(other)] != [a.seed for a in adapters(first)]
     other.strategy.schedule(other).load_state_dict(state)
     assert [a.seed for a in adapters(other)] == [a.seed for a in adapters(first)]
@@ -252,7 +253,7 @@ def test_merging_in_the_middle_of_a_run_is_without_noise_and_the_end_takes_it_aw
     handle.unmerge()
     torch.testing.assert_close(model(X), expected)
     schedule.on_end()
-    assert torch.equal(model.train()(X), expected)
+    torch.testing.assert_close(model.train()(X), expected)
 
 
 def test_a_finished_adapter_loads_and_is_sparse(tmp_path: Any) -> None:

@@ -114,6 +114,7 @@ class Mixture(Wrapping):
             raise ConfigError(
                 f"deploy(): adapter '{handle.name}' is a {type(strategy).__name__}, and only a mixture has averages."
             )
+        handle._forbid_merged("deploy()")
         state = {key: tensor.clone() for key, tensor in handle.state_dict().items()}
         own = [entry for entry in handle.entries if isinstance(entry.adapter, MixedAdapter)]
         for entry in own:
