@@ -121,9 +121,8 @@ def _hf_handle(source: Path, base: str | None) -> Handle:
         raise ConfigError(f"'{source}' does not say which base model it belongs to; name it with --base.")
     known = config.get("revision") if base is None and isinstance(config.get("revision"), str) else None
     task, place = _TASKS.get(str(config.get("task_type")), "causal_lm"), BaseSource(name=name, revision=known)
-    model = load_model(place, task).model
-    labels = None
-    if (rows := _classes(file)) not in (None, model.config.num_labels):
+    model, labels = load_model(place, task).model, None
+    if (rows := _classes(file)) not in (None, getattr(model.config, "num_labels", None)):
         labels = [f"LABEL_{i}" for i in range(rows)]  # HF's files know no names
         model = load_model(place, task, labels).model
     handle = load_hf(model, source)

@@ -154,6 +154,26 @@ def test_short_names_mean_the_same(config: Path) -> None:
     assert strategy("--model.strategy", "LoRA", "--model.strategy.rank", "3") == lp.LoRA(rank=3)
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        ["lora", "bitfit"],
+        [{"class_path": "LoRA", "init_args": {"rank": 3}}, "bitfit"],
+        {"class_path": "Compose", "init_args": {"parts": [{"class_path": "LoRA", "init_args": {"rank": 3}}, "bitfit"]}},
+        {
+            "class_path": "Compose",
+            "init_args": {"parts": [{"class_path": "Gated", "init_args": {"part": {"class_path": "LoRA"}}}, {"class_path": "BitFit"}]},
+        },
+    ],
+    ids=["names", "list", "compose", "nested"],
+)
+def test_compositions_are_spelled_in_yaml(spelled: Any, config: Path, tmp_path: Path) -> None:
+    changed = yaml.safe_load(config.read_text())
+    changed["model"]["strategy"] = spelled
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed))
+    assert PEFTCLI(["--config", str(tmp_path / "config.yaml")], run=False).model.strategy == lp.resolve(spelled)
+
+
 def test_print_config_round_trips(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config), "--print_config"])
