@@ -29,7 +29,8 @@ class Foreign(cases.Foreign):
         if self.net is None and self.given is not None:
             self.net = cases.base()
             lp.inject(self.net, self.peft.strategy, calibration=self.given)
-            lp.shard(self.net, self.device_mesh["data_parallel"])
+            if self.device_mesh is not None:  # FSDP1 wraps the whole module afterwards
+                lp.shard(self.net, self.device_mesh["data_parallel"])
         super().configure_model()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -49,7 +50,7 @@ def fit(
     run.save_checkpoint(folder / "end.ckpt")
     handle = lp.handles(model)["default"]
     # As lists: a tensor is sent as a handle on memory of a process that may have ended.
-    state = {} if kind == "fsdp2" else {k: v.tolist() for k, v in handle.state_dict().items()}
+    state = {k: v.tolist() for k, v in handle.state_dict().items()} if kind == "ddp" else {}
     return {"state": state, "examples": model.examples}
 
 

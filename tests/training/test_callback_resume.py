@@ -15,11 +15,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_peft as lp
 from lightning_peft.checkpoint import read_adapter
 from lightning_peft.errors import ConfigError
 from lightning_peft.training import rng
-from tests.backbones import VOCAB, llama, vit
-from tests.training.toys import LORA, InConfigureModel, InSetup, Interrupt, Plain, adapter_state, callback, loader, same, trainer
+from tests.backbones import VOCAB, llama, t5, vit
+from tests.training.toys import (
+    LORA,
+    InConfigureModel,
+    InSetup,
+    Interrupt,
+    Plain,
+    adapter_state,
+    base_state,
+    callback,
+    loader,
+    same,
+    trainer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
@@ -31,6 +44,7 @@ COMPOSED = [ADALORA, {"class_path": "BitFit"}]
 # One of its rounds is finished at step 4 of 8, and the next on its way.
 RELORA = {"class_path": "ReLoRA", "init_args": {"rank": 1, "rounds": 3, "warmup": 1, "targets": ["0", "3"], "dropout": 0.1}}
 DYLORA = {"class_path": "DyLoRA", "init_args": {"rank": 2, "targets": ["0", "3"], "dropout": 0.1}}
+DIFF = {"class_path": "DiffPruning", "init_args": {"share": 0.1, "targets": ["0", "3"]}}
 
 
 def fit(
@@ -140,7 +154,10 @@ class Language(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = llama(attention_dropout=0.1).eval()
+        self.net = self.network()
+
+    def network(self) -> Any:
+        return llama(attention_dropout=0.1).eval()
 
     def loss(self, batch: Any) -> Tensor:
         return self.net(input_ids=batch[0], labels=batch[0]).loss
@@ -156,7 +173,12 @@ class LazyLanguage(Language):
 
     def configure_model(self) -> None:
         if self.net is None:
-            self.net = llama(attention_dropout=0.1).eval()
+            self.net = self.network()
+
+
+class EncoderDecoder(Language):
+    def network(self) -> Any:
+        return t5(dropout_rate=0.1).eval()
 
 
 def tokens(*, shuffle: bool = True) -> Any:
@@ -164,17 +186,38 @@ def tokens(*, shuffle: bool = True) -> Any:
     return DataLoader(TensorDataset(ids), batch_size=4, shuffle=shuffle)
 
 
-@pytest.mark.parametrize("make", [Language, LazyLanguage])
+PROMPTED = {
+    "lora": {"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.1}},
+    "prefix": {"class_path": "PrefixTuning", "init_args": {"num_virtual_tokens": 2}},
+    "prompt": {"class_path": "PromptTuning", "init_args": {"num_virtual_tokens": 2}},
+    "p-tuning-lstm": {
+        "class_path": "PTuning",
+        "init_args": {"num_virtual_tokens": 2, "encoder": "lstm", "hidden_size": 4, "dropout": 0.1},
+    },
+    "p-tuning-v2": {"class_path": "PTuningV2", "init_args": {"num_virtual_tokens": 2, "dropout": 0.1}},
+}
+# What a network computes, and what stands beside other adapters: how early the model is built is the same to them.
+COMPUTED = {
+    "prefix-mlp": {
+        "class_path": "PrefixTuning",
+        "init_args": {"num_virtual_tokens": 2, "projection": True, "projection_size": 5},
+    },
+    "p-tuning-mlp": {"class_path": "PTuning", "init_args": {"num_virtual_tokens": 2, "encoder": "mlp", "hidden_size": 4}},
+    "mam": {"class_path": "MAM", "init_args": {"num_virtual_tokens": 2, "projection_size": 5, "width": 3}},
+    "unipelt": {
+        "class_path": "UniPELT",
+        "init_args": {"num_virtual_tokens": 2, "projection_size": 5, "rank": 2, "reduction_factor": 4, "dropout": 0.1},
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "strategy",
+    ("make", "strategy"),
     [
-        {"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.1}},
-        {"class_path": "PrefixTuning", "init_args": {"num_virtual_tokens": 2}},
-        {"class_path": "PromptTuning", "init_args": {"num_virtual_tokens": 2}},
-        {"class_path": "PTuning", "init_args": {"num_virtual_tokens": 2, "encoder": "lstm", "hidden_size": 4, "dropout": 0.1}},
-        {"class_path": "PTuningV2", "init_args": {"num_virtual_tokens": 2, "dropout": 0.1}},
+        *(pytest.param(m, s, id=f"{m.__name__}-{k}") for m in (Language, LazyLanguage) for k, s in PROMPTED.items()),
+        *(pytest.param(m, s, id=f"{m.__name__}-{k}") for m in (Language, EncoderDecoder) for k, s in COMPUTED.items()),
+        pytest.param(EncoderDecoder, PROMPTED["prompt"], id="EncoderDecoder-prompt"),
     ],
-    ids=["lora", "prefix", "prompt", "p-tuning", "p-tuning-v2"],
 )
 def test_language_model_resumes_exactly(make: Any, strategy: Any, tmp_path: Path) -> None:
     whole = fit(tmp_path / "a", make, strategy, data=tokens())
@@ -239,6 +282,34 @@ def test_chosen_adapter_dtype_is_kept(tmp_path: Path) -> None:
 def test_schedule_needs_to_know_the_end(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set max_epochs or max_steps"):
         trainer(tmp_path, callback(ADALORA), max_epochs=-1).fit(Plain(), loader())
+
+
+# How many steps are too few is known when the Trainer is made, or once the loader is read.
+@pytest.mark.parametrize(
+    ("make", "length"), [(Plain, "max_steps"), (Plain, "limit_train_batches"), (InConfigureModel, "max_steps")]
+)
+@pytest.mark.parametrize(
+    ("strategy", "steps", "message"),
+    [
+        (ADALORA, 4, "leave no step of 4 in which the budget could shrink. Train longer, or lower them"),
+        (RELORA, 4, "3 rounds of 4 steps have 1 each, and warmup=1 leaves none of them. Train longer, or lower"),
+        (DIFF, 1, "of 1 steps leaves 1 before the pruning and 0 after it; both stages need one. Train longer"),
+    ],
+    ids=["adalora", "relora", "diff"],
+)
+def test_run_too_short_for_a_schedule_leaves_the_module_as_it_was(
+    make: Any, length: str, strategy: Any, steps: int, message: str, tmp_path: Path
+) -> None:
+    module, peft, before = make(), callback(strategy), base_state(Plain())
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, peft, **{length: steps}, max_epochs=-1 if length == "max_steps" else 1).fit(module, loader())
+    assert not lp.handles(module)
+    assert same(before, dict(module.state_dict()))
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    run = trainer(tmp_path, peft, max_epochs=2)
+    run.fit(module, loader())
+    assert run.global_step == peft.state_dict()["schedule"]["step"] == 8
+    assert same(before, base_state(module))
 
 
 def test_frozen_tensors_of_a_resumed_run_stay_frozen(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,14 +9,27 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import lightning_peft as lp
 from lightning_peft.errors import AdapterBypassedError, ConfigError, DeadAdapterError
 from lightning_peft.strategies.schedule import Schedule
 from lightning_peft.training.modes import BaseModes
 from tests.backbones import llama
-from tests.training.toys import EarlyOptimizer, Plain, adapter_state, base_state, callback, loader, registered, same, trainer
+from tests.training.toys import (
+    EarlyOptimizer,
+    Plain,
+    adapter_state,
+    base_state,
+    callback,
+    data,
+    loader,
+    registered,
+    same,
+    trainer,
+)
 
 NORM = {"class_path": "LoRA", "init_args": {"rank": 2, "targets": ["0", "4"]}}
 
@@ -291,6 +305,92 @@ def test_schedule_sees_every_step_and_its_penalty_is_the_loss_plus_penalty(cls: 
     assert all(entry[1:] == (False, True) for entry in Recorded.log if entry[0] == "after")
     for key, value in adapter_state(module).items():
         torch.testing.assert_close(value, adapter_state(twin)[key], rtol=1e-4, atol=1e-6)
+
+
+class ZeroesAfter(Manual):
+    """Has no gradients left at the end of a batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+TARGETS = {"targets": ["0", "3"]}
+SCHEDULED = [  # over 8 steps each of them comes to all that its schedule does
+    lp.AdaLoRA(initial_rank=2, target_rank=1, warmup=2, final=3, **TARGETS),
+    lp.DyLoRA(rank=2, **TARGETS),
+    lp.ReLoRA(rank=1, rounds=3, warmup=1, **TARGETS),
+    lp.ReMoRA(rank=2, rounds=3, warmup=1, **TARGETS),
+    lp.DiffPruning(share=0.1, penalty=1e-3, alpha_lr_scale=10.0, **TARGETS),
+    lp.LoRAFA(rank=2, precondition=True, **TARGETS),
+]
+every_schedule = pytest.mark.parametrize("strategy", SCHEDULED, ids=lambda strategy: type(strategy).__name__)
+
+
+@pytest.mark.parametrize("cls", [Manual, ZeroesAfter])
+@every_schedule
+def test_manual_optimisation_trains_what_automatic_optimisation_does(strategy: Any, cls: Any, tmp_path: Path) -> None:
+    ended = []
+    for make in (Plain, cls):
+        module, peft = make(), callback(strategy)
+        torch.manual_seed(1)
+        run = trainer(tmp_path, peft)
+        run.fit(module, loader(32))
+        ended.append((dict(module.state_dict()), run.optimizers[0].state_dict()["state"], peft.state_dict()["schedule"]))
+    torch.testing.assert_close(ended[0], ended[1], rtol=0, atol=0)
+    assert ended[0][2].get("step", 8) == 8
+
+
+# ---------------------------------------------------------------------- the gradient scaler of fp16
+
+
+def half(**options: Any) -> dict[str, Any]:
+    """fp16 as on a GPU; on a CPU ``Trainer(precision="16-mixed")`` would take bf16 without a scaler."""
+    return {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10, **options))}
+
+
+def overflowing(*batches: int, size: int = 16) -> DataLoader[Any]:
+    """The loss of some batches is infinite."""
+    rows = data(size)
+    rows.tensors[1][[4 * batch for batch in batches]] = math.inf
+    return DataLoader(rows, batch_size=4)
+
+
+@pytest.mark.parametrize(("cls", "every"), [(Plain, 1), (Plain, 2), (Manual, 1)])
+def test_schedule_under_fp16_sees_true_gradients_and_what_is_skipped(cls: Any, every: int, tmp_path: Path) -> None:
+    def fit(module: Any, strategy: Any, **scaler: Any) -> list[Any]:
+        Recorded.log.clear()
+        torch.manual_seed(1)
+        trainer(tmp_path, callback(strategy), accumulate_grad_batches=every, **half(**scaler)).fit(module, overflowing(2))
+        return Recorded.log[1:]
+
+    module, twin = cls(), InLoss()
+    with registered(Scheduled):
+        seen = fit(module, Scheduled(rank=2, **TARGETS))
+        unscaled = fit(cls(), Scheduled(rank=2, **TARGETS), enabled=False)
+    fit(twin, lp.LoRA(rank=2, **TARGETS))
+    bad = 2 // every
+    assert [entry[1] for entry in seen if entry[0] == "after"] == [step == bad for step in range(4 // every)]
+    # Without a scaler nothing is skipped, so that there is nothing to compare with after the overflow.
+    for (_, gradients), (_, expected) in zip(seen[: 2 * bad : 2], unscaled[: 2 * bad : 2], strict=True):
+        torch.testing.assert_close(gradients, expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(adapter_state(module), adapter_state(twin), rtol=1e-4, atol=1e-6)  # after it the scale is another
+    assert all(value.isfinite().all() for value in adapter_state(module).values())
+
+
+@every_schedule
+def test_skipped_steps_do_not_count_in_a_plan(strategy: Any, tmp_path: Path) -> None:
+    module, peft = Plain(), callback(strategy)
+    run = trainer(tmp_path, peft, **half())
+    run.fit(module, overflowing(0, 1, size=32))  # the sentinel waits for two others
+    assert run.global_step == 8
+    assert peft.state_dict()["schedule"].get("step", 6) == 6
+    assert all(value.isfinite().all() for value in adapter_state(module).values())
+
+
+# ---------------------------------------------------------------------- several optimizers
 
 
 class TwoOptimizers(Manual):
