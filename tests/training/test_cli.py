@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,9 @@ def test_short_names_mean_the_same(config: Path) -> None:
         {"class_path": "Compose", "init_args": {"parts": [{"class_path": "LoRA", "init_args": {"rank": 3}}, "bitfit"]}},
         {
             "class_path": "Compose",
-            "init_args": {"parts": [{"class_path": "Gated", "init_args": {"part": {"class_path": "LoRA"}}}, {"class_path": "BitFit"}]},
+            "init_args": {
+                "parts": [{"class_path": "Gated", "init_args": {"part": {"class_path": "LoRA"}}}, {"class_path": "BitFit"}]
+            },
         },
     ],
     ids=["names", "list", "compose", "nested"],
