@@ -32,7 +32,7 @@ import lightning.pytorch as pl  # noqa: E402
 
 import lightning_peft as lp  # noqa: E402
 
-RANK, PAIRS, STEPS, BATCH, LR = 8, 32, 100, 8, 1e-3
+RANK, PAIRS, STEPS, BATCH, LR = 8, 16, 60, 8, 1e-3
 DIGITS = 32
 CONTENDERS: dict[str, lp.PEFTStrategy] = {
     "lora": lp.LoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"),
