@@ -78,6 +78,36 @@ class AttentionNet(nn.Module):
         return self.lora_head(self.magnitude(h))
 
 
+class Experts(nn.Module):
+    """Four gated experts whose weights are 3-D parameters, as transformers 5 stores them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 12, 8) * 0.4)
+        self.down_proj = nn.Parameter(torch.randn(4, 8, 6) * 0.4)
+
+    def forward(self, x: Tensor, shares: Tensor) -> Tensor:
+        gate, up = torch.einsum("eod,bd->beo", self.gate_up_proj, x).chunk(2, -1)
+        return torch.einsum("eod,bed,be->bo", self.down_proj, F.silu(gate) * up, shares)
+
+
+class ExpertNet(nn.Module):
+    """A stack of experts, and norms of every sort between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.first_norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.router, self.experts, self.second_norm = nn.Linear(8, 4), Experts(), nn.RMSNorm(8)
+        self.middle, self.third_norm = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)
+        self.fourth_norm, self.classifier = nn.GroupNorm(2, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first_norm(self.inside(x))
+        h = self.second_norm(h + self.experts(h, self.router(h).softmax(-1)))
+        h = self.third_norm(torch.tanh(self.middle(h)))
+        return self.classifier(torch.tanh(self.fourth_norm(h)))
+
+
 def _ids(seed: int = 0) -> Tensor:
     ids = torch.randint(4, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
     ids[:, 1], ids[:, 2] = 1, 3  # low ids occur too, but neither padding (0) nor end of text (2), from which masks are derived
@@ -186,6 +216,7 @@ BACKBONES: Mapping[str, Backbone] = {
         Backbone("clip", clip, lambda: {"input_ids": _ids(), "pixel_values": _noise(BATCH, 3, 8, 8)}),
         Backbone("conv_net", ConvNet, lambda: {"x": _noise(BATCH, 3, 9, 9)}),
         Backbone("unet", UNet, lambda: {"x": _noise(BATCH, 3, 8, 8), "t": _noise(BATCH, 4)}),
+        Backbone("experts", ExpertNet, lambda: {"x": _noise(5, 6)}),
         Backbone(
             "attention",
             AttentionNet,

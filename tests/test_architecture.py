@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +35,14 @@ SIDEWAYS = {("interop", "checkpoint"), ("serving", "checkpoint")} | {
 }
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}  # only in training/
 OPTIONAL = {"transformers", "peft", "bitsandbytes"}  # never at module level
+METHODS = {"nn", "strategies"}  # no optional package anywhere, and no architecture by name
+PLAIN_WORDS = {"bit", "encoder-decoder"}  # model types of transformers too
+# Where a method may name an architecture: module, word, what it means there.
+OTHERWISE = {
+    ("nn.bottleneck", "bert"): "initialisation N(0, 0.02²), a value of `init`, called so by the authors of three methods",
+    ("strategies.architectural.meft", "bert"): "the same",
+    ("strategies.hybrid.unipelt", "bert"): "the same",
+}
 
 
 @dataclass(frozen=True)
@@ -104,9 +114,37 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
                 found.append(f"{where}, {direction} from {unit} to {other}")
         elif top in LIGHTNING and unit != "training":
             found.append(f"{where}; only training/ may")
+        elif top in OPTIONAL and unit in METHODS:
+            found.append(f"{where}; {unit}/ must not")
         elif top in OPTIONAL and item.module_level and not item.type_checking:
             found.append(f"{where} at module level")
     return found
+
+
+@functools.cache
+def architecture() -> re.Pattern[str]:
+    """Return what finds a model type of transformers (`gpt_neox`, `gpt-neox`), or a class of one, in a string or a name."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kinds = sorted(set(CONFIG_MAPPING_NAMES) - PLAIN_WORDS, key=len, reverse=True)
+    types = "|".join(re.sub("(?<=[a-z])(?=[0-9])", "[-_]?", re.sub("[-_]", "[-_ ]?", kind)) for kind in kinds)
+    stems = "|".join({name.removesuffix("Config") for name in CONFIG_MAPPING_NAMES.values()})
+    parts = "(?:Self)?Attention|Block|Config|Decoder|Embeddings|Encoder|For[A-Z][A-Za-z]+|Layer|LMHeadModel|MLP|Model|RMSNorm"
+    return re.compile(rf"(?<![A-Za-z0-9])(?:(?i:{types})(?![A-Za-z0-9])|(?:{stems})(?:{parts})(?![a-z]))")
+
+
+def architectures_named(source: str) -> set[str]:
+    """Return the architectures that code names in strings and identifiers; docstrings and comments may."""
+    texts: list[str] = []
+    tree = ast.parse(source)
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+            texts.append(node.value)
+        texts += [
+            value for field in ("id", "attr", "arg", "name", "asname") if isinstance(value := getattr(node, field, None), str)
+        ]
+    return {match[0].lower() for text in texts for match in architecture().finditer(text)}
 
 
 def modules() -> list[Path]:
@@ -119,6 +157,42 @@ def test_imports_point_downward(path: Path) -> None:
     is_package = parts[-1] == "__init__"
     module = ".".join(parts[:-1] if is_package else parts)
     assert violations(path.read_text(encoding="utf-8"), module, is_package=is_package) == []
+
+
+def named(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if named(p).split(".")[0] in METHODS], ids=named)
+def test_no_method_names_an_architecture(path: Path) -> None:
+    found = architectures_named(path.read_text(encoding="utf-8"))
+    assert {word for word in found if (named(path), word) not in OTHERWISE} == set()
+
+
+def test_what_means_something_else_is_there() -> None:
+    for module, word in OTHERWISE:
+        assert word in architectures_named((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        ("if config.model_type == 'llama': pass", "llama"),
+        ("raise ValueError('GPT-2 stores it transposed')", "gpt-2"),
+        ("if is_gpt_neox(model): pass", "gpt_neox"),
+        ("def t5_bias(x): pass", "t5"),
+        ("if type(m).__name__ == 'LlamaRMSNorm': pass", "llamarmsnorm"),
+        ("isinstance(m, BertSelfAttention)", "bertselfattention"),
+        ("hf.T5ForConditionalGeneration", "t5forconditionalgeneration"),
+    ],
+)
+def test_checker_finds_architecture(source: str, word: str) -> None:
+    assert architectures_named(source) == {word}
+
+
+def test_checker_lets_docstrings_and_comments_name_architectures() -> None:
+    assert architectures_named('"""As BERT does."""\nx = 1  # as LlamaModel\ndef f():\n    """GPT-2."""\n') == set()
+    assert architectures_named("class BitFit:\n    text = 'the base bit for bit, of an encoder-decoder too'\n") == set()
 
 
 def test_every_folder_is_a_package() -> None:
@@ -142,6 +216,8 @@ def test_every_folder_is_a_package() -> None:
         ("cost.flops", "from pytorch_lightning import Callback", "only training/ may"),
         ("training.data", "import transformers", "at module level"),
         ("training.data", "try:\n    from peft import LoraConfig\nexcept ImportError:\n    pass", "at module level"),
+        ("nn.low_rank", "def f():\n    import transformers", "nn/ must not"),
+        ("strategies.additive.prefix", "if TYPE_CHECKING:\n    from peft import LoraConfig", "strategies/ must not"),
         ("quantization.bnb", "class A:\n    import bitsandbytes.nn", "at module level"),
         ("quantization.bnb", "if TYPE_CHECKING:\n    pass\nelse:\n    import bitsandbytes", "at module level"),
         ("novelty.file", "", "has no layer"),

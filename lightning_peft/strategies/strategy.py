@@ -117,6 +117,11 @@ class PEFTStrategy(ABC):
         return self.info.identity_at_init
 
     @property
+    def adds_positions(self) -> bool:
+        """It adds positions to the sequence or to the keys and values; as :attr:`mergeable`."""
+        return self.info.adds_positions
+
+    @property
     def base_quantization(self) -> Scheme | None:
         """Scheme in which the base should be stored, None for no wish; as :attr:`mergeable`."""
         return self.info.base_quantization

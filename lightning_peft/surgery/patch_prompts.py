@@ -1,11 +1,13 @@
 """The mechanics of prompts among image patches, written once for every method that has them.
 
-The blocks of a body see ``[x; P]``, the prompt behind the sequence; no position is added to it. Where it stands makes no difference to
-the others, since attention looks at positions only where they were added before. Around the blocks the sequence keeps its length, so
-heads, poolers and dense outputs need not know of it.
+The blocks of a body see the prompt beside the sequence; no position is added to it. Where it stands makes no difference to the others,
+since attention looks at positions only where they were added before. Around the blocks the sequence keeps its length, so heads, poolers
+and dense outputs need not know of it.
 
-* Shallow: P enters in front of the first block and leaves behind the last one. Hidden states in between, where asked for, are longer.
-* Deep: every block has a P of its own, which takes the place of what the block before made of its own.
+* Shallow: P enters before the first block and leaves after the last one, ``[x; P]``. Hidden states in between, where asked for, are
+  longer.
+* Deep: every block has a P of its own, which takes the place of what the block before made of its own, ``[P; x]``. So each of several
+  methods on one body, deep or shallow, takes off what it put on, in whatever order they were installed.
 """
 
 from __future__ import annotations
@@ -55,30 +57,42 @@ def patch_prompt_taps(anatomy: Anatomy, count: int, build: BuildPatches, *, deep
             if enters or leaves:
                 names = tuple(inspect.signature(type(block).forward).parameters)[1:]
                 make = functools.partial(
-                    _build_tap, port=port, build=build if enters else None, count=count if leaves else 0, names=names
+                    _build_tap,
+                    port=port,
+                    build=build if enters else None,
+                    count=count if leaves else 0,
+                    in_front=deep,
+                    names=names,
                 )
                 taps.append(Tap(Port(path=path, scope=port.scope), make))
     return tuple(taps)
 
 
 def _build_tap(
-    context: BuildContext, *, port: PatchesPort, build: BuildPatches | None, count: int, names: tuple[str, ...]
+    context: BuildContext,
+    *,
+    port: PatchesPort,
+    build: BuildPatches | None,
+    count: int,
+    in_front: bool,
+    names: tuple[str, ...],
 ) -> PromptedBlock:
-    return PromptedBlock(None if build is None else build(context, port), count, names)
+    return PromptedBlock(None if build is None else build(context, port), count, in_front, names)
 
 
 class PromptedBlock(CallAdapter):
-    """Runs a block with a prompt behind the sequence.
+    """Runs a block with a prompt beside the sequence.
 
     Args:
         tokens: Called without arguments, gives the prompt (N, d) that enters here; None if none does.
-        leaves: Number of positions that are cut off behind the block; 0 if the prompt goes on.
+        leaves: Number of positions that are cut off after the block; 0 if the prompt goes on.
+        in_front: The prompt stands in front of the sequence, not behind it.
         names: Parameter names of the block's forward.
     """
 
-    def __init__(self, tokens: nn.Module | None, leaves: int, names: tuple[str, ...]) -> None:
+    def __init__(self, tokens: nn.Module | None, leaves: int, in_front: bool, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.tokens, self.leaves, self.names = tokens, leaves, names
+        self.tokens, self.leaves, self.in_front, self.names = tokens, leaves, in_front, names
 
     def reset_parameters(self) -> None:
         if self.tokens is not None:
@@ -104,12 +118,13 @@ class PromptedBlock(CallAdapter):
             )
         if self.tokens is not None:
             prompt = self.tokens().to(hidden).expand(len(hidden), -1, -1)  # (B, N, d)
-            hidden = torch.cat([hidden, prompt], dim=1)
+            hidden = torch.cat([prompt, hidden] if self.in_front else [hidden, prompt], dim=1)
         args, kwargs = rest(hidden)
         out = base(*args, **kwargs)
         if not self.leaves:
             return out
-        return out[:, : -self.leaves] if isinstance(out, Tensor) else (out[0][:, : -self.leaves], *out[1:])
+        kept = slice(self.leaves, None) if self.in_front else slice(-self.leaves)
+        return out[:, kept] if isinstance(out, Tensor) else (out[0][:, kept], *out[1:])
 
 
 def _holds_tensor(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from lightning_peft.nn.adapter import BuildContext
 from lightning_peft.surgery.anatomy import Anatomy
 from lightning_peft.surgery.edits import Tap
 from lightning_peft.surgery.ports import AttentionPort, EmbeddingsPort
-from lightning_peft.surgery.stack import Call, CallAdapter
+from lightning_peft.surgery.stack import Call, CallAdapter, stack_of
 
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # their rotation by a position is the same for every length of text
 
@@ -31,26 +31,33 @@ def position_taps(anatomy: Anatomy, count: int) -> tuple[Tap, ...]:
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         if "position_ids" not in names:
             raise PortError(f"{type(module).__name__} takes no position_ids, so its text cannot start at position {count}.")
-        taps.append(Tap(port, functools.partial(_build, port=port, names=names, count=count)))
+        taps.append(Tap(port, functools.partial(_build, port=port, owner=module, names=names, count=count)))
     return tuple(taps)
 
 
-def _build(context: BuildContext, *, port: EmbeddingsPort, names: tuple[str, ...], count: int) -> PositionTap:
-    return PositionTap(port, names, count)
+def _build(context: BuildContext, *, port: EmbeddingsPort, owner: nn.Module, names: tuple[str, ...], count: int) -> PositionTap:
+    return PositionTap(port, owner, names, count)
 
 
 class PositionTap(CallAdapter):
-    """Adds ``count`` to the positions that a stack gives to its text.
+    """Adds ``count`` to the positions that a stack gives to its text, and to those of soft prompts in front of it.
+
+    It runs inside the soft prompts, whenever they were installed, so that it counts the text from behind them, as the KV cache does.
 
     Args:
         port: The stack.
+        owner: Its module; held without being registered.
         names: Parameter names of its forward.
-        count: The first position.
+        count: The first position. The counts of several taps on one stack add up.
     """
 
-    def __init__(self, port: EmbeddingsPort, names: tuple[str, ...], count: int) -> None:
+    innermost: ClassVar[bool] = True
+    owner: nn.Module
+
+    def __init__(self, port: EmbeddingsPort, owner: nn.Module, names: tuple[str, ...], count: int) -> None:
         super().__init__()
         self.port, self.names, self.count = port, names, count
+        object.__setattr__(self, "owner", owner)
 
     def reset_parameters(self) -> None:
         """Nothing to do: a position tap has no parameters."""
@@ -67,9 +74,8 @@ class PositionTap(CallAdapter):
         if source is None:
             return base(**call)
         past = 0 if cache is None else int(cache.get_seq_length())
-        limit, end = self.port.max_positions, past + source.shape[1] + self.count
-        if limit is not None and end > limit:
-            raise PortError(f"{end - self.count} tokens from position {self.count} on exceed the {limit} learned positions.")
+        if self.port.max_positions is not None:
+            self._check_room(past + source.shape[1], self.port.max_positions)
         padding = self.port.padding_position
         if positions is not None:
             positions = positions + self.count
@@ -77,10 +83,19 @@ class PositionTap(CallAdapter):
             real = ids != padding
             positions = (real.cumsum(-1) + past + self.count) * real + padding
         else:
-            first = past + self.count + (0 if padding is None else padding + 1)
-            positions = torch.arange(first, first + source.shape[1], device=source.device)[None]
+            start = past + self.count + (0 if padding is None else padding + 1)
+            positions = torch.arange(start, start + source.shape[1], device=source.device)[None]
         call["position_ids"] = positions
         return base(**call)
+
+    def _check_room(self, length: int, limit: int) -> None:
+        stack = stack_of(self.owner)
+        assert stack is not None
+        first = sum(e.adapter.count for e in stack._entries if e.active and isinstance(e.adapter, PositionTap))
+        if first + length > limit:
+            raise PortError(
+                f"{length} tokens from position {first} on exceed the {limit} learned positions. Cut the text to {limit - first} tokens."
+            )
 
 
 def rotate_keys(root: nn.Module, port: AttentionPort, keys: Tensor, by: int) -> Tensor:

@@ -33,6 +33,7 @@ class CallAdapter(nn.Module, ABC):
     """An adapter of a whole call instead of one tensor: soft prompts, side networks."""
 
     traced_alone: ClassVar[bool] = True  # a block with it can run outside its body, as for the estimate of its cost
+    innermost: ClassVar[bool] = False  # it runs inside the adapters installed before it: what these pass on is what it reads
 
     @abstractmethod
     def forward(self, base: Call, *args: Any, **kwargs: Any) -> Any:
@@ -137,9 +138,10 @@ class AdapterStack(nn.Module):
         return x
 
     def add(self, entry: Entry) -> None:
-        """Append an adapter; it nests outside those installed before."""
+        """Append an adapter; it nests outside those installed before, unless it has to be the innermost one."""
         self.register(entry.name, entry.member, entry.adapter)
-        self._entries.append(entry)
+        innermost = isinstance(entry.adapter, CallAdapter) and entry.adapter.innermost
+        self._entries.insert(0 if innermost else len(self._entries), entry)
         self._ran = False
 
     def register(self, name: str, member: str | None, adapter: nn.Module) -> None:

@@ -10,6 +10,7 @@ is installed by then, which the optimizers need, and switched off.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -142,8 +143,9 @@ def _left_alone(trainer: Any) -> Iterator[None]:
     """Inside, nothing is logged; afterwards random states and metrics are as if nothing had run."""
     module: Any = trainer.lightning_module
     state, loggers = rng_state(), trainer.loggers
-    # Metrics of torchmetrics are empty before the first step.
+    # Metrics of torchmetrics. They need not be empty: a checkpoint may have brought their states.
     metrics = [m for m in module.modules() if hasattr(m, "_update_count") and callable(getattr(m, "reset", None))]
+    counted = [{name: copy.deepcopy(getattr(m, name)) for name in ("_update_count", *m._defaults)} for m in metrics]
     with ExitStack() as stack:
         for name in ("log", "log_dict"):
             stack.callback(_put_back, module, name, module.__dict__.get(name))
@@ -154,7 +156,10 @@ def _left_alone(trainer: Any) -> Iterator[None]:
             yield
         finally:
             for metric in metrics:
-                metric.reset()
+                metric.reset()  # one that is made of others resets these, so all go first
+            for metric, values in zip(metrics, counted, strict=True):
+                for name, value in values.items():
+                    setattr(metric, name, value)
             restore_rng_state(state)
 
 

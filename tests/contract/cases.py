@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import lightning_peft as lp
 from lightning_peft.errors import ConfigError, PEFTError, PortError, TargetError, UnsupportedLayerError
 from lightning_peft.loading.quantize import quantize
+from lightning_peft.nn.adapter import LayerKindName
 from lightning_peft.quantization.config import Quantization
 from lightning_peft.strategies.hybrid.compose import Composition
 from lightning_peft.surgery.anatomy import Anatomy
@@ -35,15 +37,17 @@ class Case:
         strategy: The method with the hyperparameters of its record's example, targets chosen for the backbone where it needs them.
         backbone: The backbone.
         obstacle: The error that its record and the anatomy lead to; None if the method can work there.
+        label: Tells apart several cases of a method on a backbone.
     """
 
     strategy: lp.PEFTStrategy
     backbone: Backbone
     obstacle: type[PEFTError] | None
+    label: str = ""
 
     @property
     def id(self) -> str:
-        return f"{self.strategy.info.name}-{self.backbone.name}"
+        return "-".join(filter(None, (self.strategy.info.name, self.backbone.name, self.label)))
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the base as the method wants it: quantized, for methods of quantized bases."""
@@ -56,9 +60,9 @@ class Case:
         """Return the frozen base model: the reference (torch picks other kernels for weights that want gradient)."""
         return self.fresh(dtype).requires_grad_(False)
 
-    def installed(self, dtype: torch.dtype = torch.float32, name: str = "default") -> tuple[nn.Module, lp.Handle]:
+    def installed(self, dtype: torch.dtype = torch.float32, name: str = "default", seed: int = 11) -> tuple[nn.Module, lp.Handle]:
         """Return a fresh model with the strategy installed."""
-        torch.manual_seed(11)
+        torch.manual_seed(seed)
         model = self.fresh(dtype)
         return model, self.install(model, name, dtype)
 
@@ -138,17 +142,39 @@ def targeted(strategy: lp.PEFTStrategy, anatomy: Anatomy) -> lp.PEFTStrategy | N
             changes[field.name] = part
     info = strategy.info
     if info.default_roles:
-        # Rank-1 weights (norms) take other hyperparameters; they have tests of their own.
-        kinds = info.layer_kinds - {"norm"} or info.layer_kinds
-        found = [p for p, m in anatomy.tree.modules.items() if kind_name(m) in kinds and anatomy.bypassed(p) is None]
+        # Rank-1 weights (norms) take other hyperparameters; they have cases of their own.
+        found = of_kinds(anatomy, info.layer_kinds - {"norm"} or info.layer_kinds)
         if not found:
             return None
         changes["targets"] = found
     return dataclasses.replace(strategy, **changes) if changes else None
 
 
-def kind_name(module: nn.Module) -> str | None:
-    if isinstance(module, nn.MultiheadAttention):
+RARE: dict[str, frozenset[LayerKindName]] = {
+    "attention": frozenset({"embedding"}),
+    "conv_net": frozenset({"conv"}),
+    "experts": frozenset({"norm", "tensor"}),
+}
+
+
+def on_rare_kinds(strategy: lp.PEFTStrategy, anatomy: Anatomy, backbone: Backbone) -> Iterator[Case]:
+    """Yield the strategy on those layer kinds that it could adapt here and does not, with linear layers beside them."""
+    kinds = strategy.info.layer_kinds & RARE.get(backbone.name, frozenset())
+    with contextlib.suppress(PEFTError):
+        kinds -= {site.spec.kind for site in strategy.sites(anatomy)}
+    if kinds:
+        changes: dict[str, Any] = {"targets": of_kinds(anatomy, kinds | {"linear"})}
+        if "norm" in kinds and "rank" in {field.name for field in dataclasses.fields(strategy)}:
+            changes["rank"] = 1
+        yield Case(dataclasses.replace(strategy, **changes), backbone, None, "-".join(sorted(kinds)))
+
+
+def of_kinds(anatomy: Anatomy, kinds: frozenset[LayerKindName]) -> list[str]:
+    return [p for p, m in anatomy.tree.modules.items() if kind_name(p, m) in kinds and anatomy.bypassed(p) is None]
+
+
+def kind_name(path: str, module: nn.Module) -> str | None:
+    if isinstance(module, nn.MultiheadAttention) or path.rpartition(".")[2] == "experts":
         return "tensor"
     kind: LayerKind | None = layer_kind(module)
     return None if kind is None else kind.spec(module, "weight").kind
@@ -168,8 +194,11 @@ def _cases() -> Iterator[Case]:
             anatomy = anatomies.setdefault(wanted, anatomies.get(wanted) or lp.anatomy_of(Case(strategy, backbone, None).fresh()))
             error = obstacle(strategy, anatomy)
             yield Case(strategy, backbone, error)
-            if error is TargetError and (other := targeted(strategy, anatomy)) is not None:
+            other = targeted(strategy, anatomy) if error is TargetError else None
+            if other is not None:
                 yield Case(other, backbone, None)
+            if error in (None, TargetError):
+                yield from on_rare_kinds(other or strategy, anatomy, backbone)
 
 
 def _works(case: Case) -> bool:

@@ -85,11 +85,32 @@ def test_a_full_checkpoint_of_the_plain_model_loads_after_injection(case: Case) 
     assert all(torch.equal(model.state_dict()[k], v) for k, v in saved.items())
 
 
+SEEDED = ("shared-vera",)  # drawn by a seed among its own options
+
+
+def constant(value: torch.Tensor) -> bool:
+    """Whether a tensor holds one number only, or zeros and ones, as the identity does."""
+    return bool((value == value.flatten()[:1]).all() or ((value == 0) | (value == 1)).all())
+
+
 @over(WORKING)
 def test_same_seed_same_adapter_and_another_seed_another(case: Case) -> None:
     first, again = case.installed()[1].state_dict(), case.installed()[1].state_dict()
     assert first.keys() == again.keys()
     assert all(torch.equal(first[k], again[k]) for k in first)
+    _, handle = case.installed(seed=12)
+    drawn = [s.key for s in handle.slots if not s.claimed and not s.key.startswith(SEEDED) and not constant(first[s.key])]
+    other = handle.state_dict()
+    fixed = [k for k in drawn if torch.equal(other[k], first[k])]
+    if not fixed or case.strategy.base_quantization is not None:  # DoRA's norms of codes, which cannot be moved
+        return
+    # What is no constant, and the same under every seed, can only come from the base.
+    model = case.fresh()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    elsewhere = case.install(model).state_dict()
+    assert not [k for k in fixed if torch.equal(elsewhere[k], first[k])], "drawn, but not with the seed"
 
 
 @over(WORKING)

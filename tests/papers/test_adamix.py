@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
 from lightning_peft.errors import ConfigError, ConflictError, MergeError, UnsupportedLayerError
+from lightning_peft.nn.low_rank import LowRankAdapter
 from lightning_peft.nn.mixture import Clock, MixedAdapter, consistency
 from lightning_peft.surgery.passes import in_pass, pass_number
 from lightning_peft.surgery.recompute import GradientCheckpointing, checkpoint_blocks
@@ -23,6 +24,7 @@ from tests.backbones import BACKBONES, DIM, flat, loss_of, run
 from tests.papers.toys import D, X, install, mlp, randomize
 
 LORA = lp.LoRA(rank=2, alpha=4.0, targets="all-linear")
+HOULSBY = lp.HoulsbyAdapter(width=4, targets="all-linear")
 
 
 def adapted(strategy: lp.PEFTStrategy | None = None, **options: Any) -> tuple[nn.Module, lp.Handle, Any]:
@@ -96,16 +98,24 @@ def test_adamix_is_the_papers() -> None:
     assert lp.resolve({"class_path": "AdaMix", "init_args": {"part": "lora"}}).inner == lp.LoRA()
 
 
-def test_a_pass_runs_the_drawn_copies() -> None:
-    model, handle, schedule = adapted(experts=3, sharing_up=False)
+def with_copies(layer: nn.Linear, a: Any, i: int, j: int, x: Tensor) -> Tensor:
+    """The layer with the i-th first projection and the j-th second one of its adapter."""
+    if isinstance(a.adapter, LowRankAdapter):
+        return F.linear(x, layer.weight + 2.0 * a.lora_B[j] @ a.lora_A[i], layer.bias)
+    h = F.linear(x, layer.weight, layer.bias)
+    return h + F.linear(F.gelu(F.linear(h, a.down[i], a.down_bias[i])), a.up[j], a.up_bias[j])
+
+
+@pytest.mark.parametrize("part", [LORA, HOULSBY], ids=lambda p: p.info.name)
+def test_a_pass_runs_the_drawn_copies(part: lp.PEFTStrategy) -> None:
+    model, handle, schedule = adapted(lp.Mixture(part=part, experts=3, sharing_up=False))
     for step in range(6):
         for number in (0, 1):
             x = X
             for (i, j), entry, layer in zip(
                 drawn(handle, schedule.clock, number), handle.entries, (model.l1, model.l2), strict=True
             ):
-                a = entry.adapter
-                x = F.linear(x, layer.weight + 2.0 * a.lora_B[j] @ a.lora_A[i], layer.bias)
+                x = with_copies(layer, entry.adapter, i, j, x)
                 x = torch.tanh(x) if layer is model.l1 else x
             with in_pass(number):
                 torch.testing.assert_close(model(X), x, rtol=1e-10, atol=1e-10)

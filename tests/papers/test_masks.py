@@ -273,7 +273,15 @@ def test_calibration_leaves_everything_as_it_was() -> None:
     state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     flags, rng = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    found = lp.calibrate(model, lp.FISHMask(share=0.2), [x], lambda batch: (model(batch) + torch.rand(1)).square().sum())
+    counted = model[1].running_mean
+
+    def trains_its_norm(batch: Tensor) -> Tensor:
+        model[1].train()
+        out = model(batch) + torch.rand(1)
+        assert not torch.equal(counted, state["1.running_mean"])
+        return out.square().sum()
+
+    found = lp.calibrate(model, lp.FISHMask(share=0.2, per="batch"), [x], trains_its_norm)
     assert found.keys() == {"shared-mask.indices"}
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes

@@ -57,6 +57,50 @@ def test_equals_the_paper_with_the_prompt_behind_cls(deep: bool) -> None:
     assert [h.shape[1] for h in out.hidden_states][-1] == 5
 
 
+def prompted(plain: nn.Module, prompts: list[tuple[bool, list[Tensor]]]) -> Tensor:
+    """The reference: the last hidden state with several methods' prompts, (deep, P of each block or of the first one)."""
+    h = plain.vit.embeddings(X["pixel_values"])
+    flowing = [own[0].expand(2, -1, -1) for deep, own in prompts if not deep]
+    for i, block in enumerate(plain.vit.layers):
+        fixed = [own[i].expand(2, -1, -1) for deep, own in prompts if deep]
+        h, *flowing = block(torch.cat([h, *flowing, *fixed], 1)).split([5, *(len(p[0]) for p in [*flowing, *fixed])], 1)
+        flowing = flowing[: len(flowing) - len(fixed)]
+    return plain.vit.layernorm(h)
+
+
+@pytest.mark.parametrize("composed", [False, True], ids=["two", "composed"])
+@pytest.mark.parametrize("second", [True, False], ids=["then-deep", "then-shallow"])
+@pytest.mark.parametrize("first", [True, False], ids=["deep", "shallow"])
+def test_two_on_one_model_each_keep_to_their_own_positions(first: bool, second: bool, composed: bool) -> None:
+    torch.manual_seed(0)
+    model = vit(num_hidden_layers=3, initializer_range=0.3).to(D).eval()
+    plain = copy.deepcopy(model)
+    depths, parts = (first, second), [lp.VisualPromptTuning(num_virtual_tokens=n, deep=d) for n, d in ((3, first), (2, second))]
+    if composed:
+        handles = [lp.inject(model, lp.Compose(parts=tuple(parts)))]
+    else:
+        handles = [lp.inject(model, part, name) for part, name in zip(parts, "ab", strict=True)]
+    given = iter([p for handle in handles for p in handle.trainable_parameters()])
+    prompts = [(deep, [next(given) for _ in range(3 if deep else 1)]) for deep in depths]
+    found = model.vit(**X).last_hidden_state
+    torch.testing.assert_close(found, prompted(plain, prompts))
+    assert (found - prompted(plain, prompts[:1])).abs().max() > 1e-3
+    if not composed:
+        handles[0].remove()
+        torch.testing.assert_close(model.vit(**X).last_hidden_state, prompted(plain, prompts[1:]))
+
+
+@pytest.mark.parametrize("order", [("prefix", "prompt"), ("prompt", "prefix")], ids="-then-".join)
+@DEPTHS
+def test_beside_a_prefix(deep: bool, order: tuple[str, str]) -> None:
+    model, plain = BACKBONES["vit"].fresh(D), BACKBONES["vit"].fresh(D)
+    parts = {"prefix": lp.PrefixTuning(num_virtual_tokens=2), "prompt": lp.VisualPromptTuning(num_virtual_tokens=N, deep=deep)}
+    handles = {name: lp.inject(model, parts[name], name) for name in order}
+    lp.inject(plain, parts["prefix"]).load_state_dict(handles["prefix"].state_dict())
+    found = model.vit(**X).last_hidden_state
+    torch.testing.assert_close(found, prompted(plain, [(deep, handles["prompt"].trainable_parameters())]))
+
+
 @DEPTHS
 def test_it_learns_what_other_prompts_do(deep: bool) -> None:
     """It is no method of the sweep, which has texts: here it has to find what a model with hidden prompts answers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from lightning_peft.errors import AdapterBypassedError, ConfigError, PortError, 
 from lightning_peft.strategies import Compose, LoRA, inject
 from lightning_peft.strategies.additive import PrefixTuning, PromptTuning
 from lightning_peft.surgery.handle import Handle
-from lightning_peft.surgery.prefixes import ATTENTION, _implementation
+from lightning_peft.surgery.positions import PositionTap
+from lightning_peft.surgery.prefixes import ATTENTION, PrefixTap, _implementation
+from lightning_peft.surgery.soft_prompts import SoftPrompt
 
 N = 3
 SIZES: dict[str, Any] = {
@@ -351,13 +354,15 @@ def test_a_full_static_cache_is_refused() -> None:
 # ---------------------------------------------------------------- prefixes
 
 
-def cached_prefix(model: nn.Module, handle: Handle, batch: int) -> Any:
-    """The reference: the prefix as the start of a KV cache."""
+def cached_prefix(model: nn.Module, handles: list[Handle], batch: int) -> Any:
+    """The reference: the prefixes as the start of a KV cache."""
     cache = hf.DynamicCache(config=model.config)
-    for layer, entry in enumerate(handle.entries):
-        heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
-        key, value = (t.detach().view(N, heads, -1).transpose(0, 1).expand(batch, -1, -1, -1) for t in entry.adapter.tokens())
-        cache.update(key, value, layer)
+    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    taps = [e for handle in handles for e in handle.entries if isinstance(e.adapter, PrefixTap)]
+    for layer, path in enumerate(dict.fromkeys(e.path for e in taps)):
+        pairs = zip(*(e.adapter.tokens() for e in taps if e.path == path), strict=True)
+        key, value = (torch.cat(parts).detach().unflatten(1, (heads, -1)).transpose(0, 1) for parts in pairs)
+        cache.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), layer)
     return cache
 
 
@@ -370,7 +375,7 @@ def test_prefix_equals_the_start_of_a_cache(name: str, implementation: str, proj
     handle = inject(model, PrefixTuning(num_virtual_tokens=N, projection=projection, projection_size=8))
     ids = tokens(2, 7)
     positions = torch.arange(7)[None]
-    cache = cached_prefix(plain, handle, 2)
+    cache = cached_prefix(plain, [handle], 2)
     mask = torch.ones(2, 7 + N, dtype=torch.long)
     theirs = plain(ids, past_key_values=cache, position_ids=positions, attention_mask=mask).logits
     torch.testing.assert_close(model(ids).logits, theirs, rtol=0, atol=1e-6)
@@ -499,6 +504,68 @@ def test_prefix_refuses_other_attention_functions() -> None:
 
 
 # ---------------------------------------------------------------- both
+
+SHIFTED = PrefixTuning(num_virtual_tokens=2, shift_positions=True)
+PAIRS = {
+    f"{a}+{b}": (one, other)
+    for (a, one), (b, other) in itertools.product({**METHODS, "shifted": SHIFTED}.items(), repeat=2)
+    if {a, b} & {"prefix", "shifted"} and (a, b) != ("prefix", "prefix")
+}
+
+
+def installed(model: nn.Module, pair: tuple[lp.PEFTStrategy, lp.PEFTStrategy], composed: bool = False) -> list[Handle]:
+    return [inject(model, Compose(parts=pair))] if composed else [inject(model, s, n) for n, s in zip("ab", pair, strict=True)]
+
+
+@pytest.mark.parametrize("composed", [False, True], ids=["two", "composed"])
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", DECODERS)
+def test_two_that_add_positions_equal_embeddings_behind_a_cache(name: str, pair: str, composed: bool) -> None:
+    """Prefixes in the cache, prompts in front of the text; what is shifted starts to count behind the prefix, prompts included."""
+    model = DECODERS[name]()
+    plain = copy.deepcopy(model)
+    handles = installed(model, PAIRS[pair], composed)
+    ids = tokens(2, 7)
+    adapters = [e.adapter for handle in handles for e in handle.entries]
+    prompts = [a.tokens().expand(2, -1, -1) for a in adapters if isinstance(a, SoftPrompt)]
+    embeds = torch.cat([*prompts, plain.get_input_embeddings()(ids)], 1)
+    first = sum(a.count for a in adapters if isinstance(a, PositionTap))
+    cache = cached_prefix(plain, handles, 2)
+    with torch.no_grad():
+        whole = plain(
+            inputs_embeds=embeds,
+            past_key_values=cache,
+            position_ids=torch.arange(first, first + embeds.shape[1])[None],
+            attention_mask=torch.ones(2, int(cache.get_seq_length()) + embeds.shape[1], dtype=torch.long),
+        ).logits[:, -7:]
+        torch.testing.assert_close(model(ids).logits, whole, rtol=1e-4, atol=1e-5)
+        begun = model(ids[:, :4], use_cache=True)
+        rest = model(ids[:, 4:], past_key_values=begun.past_key_values)
+        torch.testing.assert_close(torch.cat([begun.logits, rest.logits], 1), whole, rtol=1e-4, atol=1e-4)
+    if not composed:
+        handles[0].remove()
+        alone = inject(plain, PAIRS[pair][1])
+        alone.load_state_dict(handles[1].state_dict())
+        assert torch.equal(model(ids).logits, plain(ids).logits), "the one that stays is as if there had been no other"
+
+
+@pytest.mark.parametrize("pair", ["prompt+shifted", "shifted+prompt", "shifted+shifted"])
+@pytest.mark.parametrize("name", [*DECODERS, "bert", "roberta"])
+def test_two_that_add_positions_leave_padding_out(name: str, pair: str) -> None:
+    model = MODELS[name]()
+    installed(model, PAIRS[pair])
+    ids, padding = tokens(1, 5), 1 if name == "roberta" else 0
+    padded = torch.cat([ids, torch.full((1, 3), padding)], 1)
+    mask = torch.tensor([[1] * 5 + [0] * 3])
+    full, alone = model(padded, attention_mask=mask).logits, model(ids).logits
+    torch.testing.assert_close(full[:, :5] if full.dim() == 3 else full, alone, rtol=1e-4, atol=1e-4)
+    if name in DECODERS:
+        generated = [generate(model, input_ids=ids, use_cache=cached) for cached in (True, False)]
+        assert torch.equal(*generated)
+    limit = {"gpt2": 64, "bert": 64, "roberta": 62}.get(name)
+    if limit is not None:
+        with pytest.raises(PortError, match="learned positions"):
+            model(tokens(1, limit - 3))
 
 
 @pytest.mark.parametrize("method", METHODS)

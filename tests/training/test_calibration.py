@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import random
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -119,22 +122,35 @@ def test_the_mask_is_that_of_the_data(tmp_path: Path) -> None:
     assert torch.equal(found["shared-mask.indices"].int(), mask(module).indices)
 
 
-def test_it_logs_nothing_and_draws_no_random_number(tmp_path: Path) -> None:
+def test_it_logs_nothing_draws_no_random_number_and_counts_in_no_metric(tmp_path: Path) -> None:
     class Logs(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = torchmetrics.SumMetric()
+            self.sizes.update(1000.0)  # before this run
+
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.logger.log_metrics({"direct": 1.0}, step=0)
             self.log_dict({"size": float(len(batch[0]))}, on_step=True)
+            self.sizes.update(float(len(batch[0])))
+            random.random()
+            np.random.rand()
             torch.rand(1)
             return super().training_step(batch, batch_idx)
+
+    def random_states() -> list[Any]:
+        _, keys, place, *_ = np.random.get_state(legacy=True)
+        return [random.getstate(), keys.tolist(), place, torch.get_rng_state().tolist()]
 
     class Looks(pl.Callback):
         state: Any = None
 
         def setup(self, *args: Any, **kwargs: Any) -> None:
-            self.before = torch.get_rng_state()
+            self.before = random_states()
 
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            assert torch.equal(torch.get_rng_state(), self.before)
+            assert random_states() == self.before
+            assert (pl_module.sizes.update_count, float(pl_module.sizes.compute())) == (1, 1000.0)
             assert "log" not in vars(pl_module)
             assert "log_dict" not in vars(pl_module)
             assert trainer.logger is logger
@@ -145,6 +161,31 @@ def test_it_logs_nothing_and_draws_no_random_number(tmp_path: Path) -> None:
     lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     sizes = {line.split(",")[lines[0].split(",").index("size")] for line in lines[1:]} - {""}
     assert sizes == {"4.0"}
+
+
+def test_batch_statistics_are_as_before(tmp_path: Path) -> None:
+    counts: list[int] = []
+
+    class Normed(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.insert(1, nn.BatchNorm1d(16))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.net[1].train()
+            loss = super().training_step(batch, batch_idx)
+            counts.append(int(self.net[1].num_batches_tracked))
+            return loss
+
+    class Looks(pl.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            assert counts == [1, 2], "the calibration was before"
+            assert torch.equal(pl_module.net[1].running_mean, torch.zeros(16))
+            assert torch.equal(pl_module.net[1].running_var, torch.ones(16))
+
+    whole = {"class_path": "FISHMask", "init_args": {"share": 0.1, "samples": 2, "per": "batch"}}
+    fit(tmp_path, Normed, whole, Looks(), max_epochs=1)
+    assert counts == [1, 2, 1, 2, 3, 4]
 
 
 def test_a_calibrated_run_is_the_one_that_was_given_its_mask(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step` but have no `val_dataloader`", "ignore:The dirpath has changed"
 )
 MIX = lp.AdaMix(part=lp.LoRA(rank=2, targets=("0", "3")), consistency=0.5, outputs=".")
+# Sharing one copy of `up`, which starts at zero, the two passes would hardly differ in eight steps.
+BOTTLENECKS = lp.AdaMix(part=lp.HoulsbyAdapter(width=2, targets=("0", "3")), sharing_up=False, consistency=0.5, outputs=".")
 ADAMIX = {
     "class_path": "AdaMix",
     "init_args": {
@@ -84,12 +86,12 @@ class Manual(Classifier):
             optimizer.zero_grad()
 
 
-def by_hand(every: int, weight: float = 0.5) -> dict[str, Tensor]:
+def by_hand(mix: lp.AdaMix, every: int, weight: float = 0.5) -> dict[str, Tensor]:
     """The same training without Lightning."""
     torch.manual_seed(11)
     net = network().train()
     net[2].p = 0.0
-    handle = lp.inject(net, MIX)
+    handle = lp.inject(net, mix)
     schedule = handle.strategy.schedule(handle)
     schedule.on_start(8)
     optimizer = torch.optim.SGD(handle.trainable_parameters(), lr=0.05)
@@ -117,15 +119,16 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("how", ["automatic", "manual"])
-def test_training_adds_the_consistency_of_two_passes(every: int, how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mix", [MIX, BOTTLENECKS], ids=lambda mix: mix.inner.info.name)
+def test_training_adds_the_consistency_of_two_passes(mix: lp.AdaMix, how: str, every: int, tmp_path: Path) -> None:
     torch.manual_seed(11)
     module: Any = Manual(every) if how == "manual" else Classifier()
     accumulate = every if how == "automatic" else 1
-    trainer(tmp_path, callback(MIX), accumulate_grad_batches=accumulate).fit(module, data())
-    expected = by_hand(every)
+    trainer(tmp_path, callback(mix), accumulate_grad_batches=accumulate).fit(module, data())
+    expected = by_hand(mix, every)
     if how == "manual" and every == 2:
         # What is added to a loss that a module has divided by itself is not divided with it.
-        expected = by_hand(every, weight=1.0)
+        expected = by_hand(mix, every, weight=1.0)
     assert_close(expected, found(module))
     assert not module.net._forward_hooks
 

@@ -1,8 +1,8 @@
 """VPT: Jia et al. 2022, "Visual Prompt Tuning", arXiv 2203.12119, section 3.2.
 
 Shallow: ``[x_1, Z_1, E_1] = L_1([x_0, P, E_0])``, and Z goes on through all blocks; deep: ``[x_i, _, E_i] = L_i([x_{i-1}, P_{i-1},
-E_{i-1}])``, a prompt of its own for every block. Deviation: the prompt stands behind the patches instead of behind ``[CLS]``, which is
-the same to a transformer that has added its positions before.
+E_{i-1}])``, a prompt of its own for every block. Deviation: the prompt stands behind the patches, or in front of them all (deep),
+instead of behind ``[CLS]``, which is the same to a transformer that has added its positions before.
 """
 
 from __future__ import annotations

@@ -44,6 +44,10 @@ class Composition(PEFTStrategy):
     def identity_at_init(self) -> bool:
         return all(part.identity_at_init for part in self.strategies)
 
+    @property
+    def adds_positions(self) -> bool:
+        return any(part.adds_positions for part in self.strategies)
+
     def plan(self, anatomy: Anatomy) -> Plan:
         edits: list[Edit] = []
         shared: dict[str, BuildShared] = {}

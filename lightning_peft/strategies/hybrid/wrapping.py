@@ -48,6 +48,10 @@ class Wrapping(PEFTStrategy):
         return self.inner.identity_at_init
 
     @property
+    def adds_positions(self) -> bool:
+        return self.inner.adds_positions
+
+    @property
     def base_quantization(self) -> Scheme | None:
         return self.inner.base_quantization
 

@@ -33,7 +33,7 @@ class BitFit(PEFTStrategy):
         found = biases(anatomy.root, paths)
         if not found:
             raise TargetError(
-                f"BitFit: {'the targeted layers have' if paths else f'{type(anatomy.root).__name__} has'} no bias (llama-like models have "
-                "none). Choose another method."
+                f"BitFit: {'the targeted layers have' if paths else f'{type(anatomy.root).__name__} has'} no bias (many decoders have none). "
+                "Choose another method."
             )
         return Plan(tuple(Train(path, name) for path, name in found))
