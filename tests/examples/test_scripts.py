@@ -50,6 +50,16 @@ def tiny_bert(folder: Path) -> Path:
     return folder
 
 
+def tiny_llama(folder: Path) -> Path:
+    """A language model with the words and the tokenizer of :func:`tiny_bert`."""
+    tiny_bert(folder)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **size)).save_pretrained(folder)
+    names = {f"{n}_token": f"[{n.upper()}]" for n in ("pad", "unk")} | {"eos_token": "[SEP]"}
+    PreTrainedTokenizerFast.from_pretrained(folder, **names).save_pretrained(folder)
+    return folder
+
+
 def test_masked_lm(tmp_path: Path) -> None:
     with (tmp_path / "texts.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
@@ -77,11 +87,7 @@ def test_callback_around_a_transformers_model(tmp_path: Path) -> None:
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["quickstart"])  # LightningCLI warns about pytest's own arguments
     monkeypatch.chdir(tmp_path)
-    folder = tiny_bert(tmp_path / "llama")
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **size)).save_pretrained(folder)
-    names = {f"{n}_token": f"[{n.upper()}]" for n in ("pad", "unk")} | {"eos_token": "[SEP]"}
-    PreTrainedTokenizerFast.from_pretrained(folder, **names).save_pretrained(folder)
+    folder = tiny_llama(tmp_path / "llama")
     rows = [[f"call {'now ' * (n % 5)}{n}", "spam" if n % 3 == 0 else "ham"] for n in range(120)]
     with (tmp_path / "sms.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text", "label"], *rows])

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_peft.errors import ConfigError, DataError, DependencyError, Unkno
 from lightning_peft.training import comparing
 from lightning_peft.training.cli import main
 from lightning_peft.training.comparison import Comparison, Measured, Run
-from tests.examples.test_scripts import tiny_bert
+from tests.examples.test_scripts import tiny_bert, tiny_llama
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -132,8 +132,8 @@ def test_a_method_by_name_is_the_configs_own_or_the_methods_defaults(config: Pat
     assert [run.settings["seed_everything"] for run in runs] == [5, 5, 5]
 
 
-@pytest.mark.parametrize("name", ["compare_tweets", "compare_sms"])
-def test_the_sweeps_are_whole_and_compare_with_a_head_alone(name: str, config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "base"), [("compare_tweets", tiny_bert), ("compare_sms", tiny_llama)])
+def test_the_sweeps_are_whole_and_compare_with_a_head_alone(name: str, base: Callable[[Path], Path], tmp_path: Path) -> None:
     """Parsed as they stand, on a tiny base; nothing runs."""
     file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
     written = yaml.safe_load(file.read_text())
@@ -141,7 +141,7 @@ def test_the_sweeps_are_whole_and_compare_with_a_head_alone(name: str, config: P
     with (tmp_path / "rows.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(rows)
     tiny = {
-        "model.base": config.parent / "bert",
+        "model.base": base(tmp_path / "base"),
         "data.data_path": tmp_path / "rows.csv",
         "data.few_shot": 2,
         "data.val_fraction": 0.2,
