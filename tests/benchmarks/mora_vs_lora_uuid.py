@@ -1,6 +1,6 @@
 """MoRA against LoRA at the same number of trained parameters, memorising random pairs of UUIDs (arXiv 2405.12130, section 4).
 
-    python tests/benchmarks/mora_vs_lora_uuid.py                     # seeds 0 1 2; about 20 minutes on two quiet cores
+    python tests/benchmarks/mora_vs_lora_uuid.py                     # seeds 0 1 2; about 12 minutes on two quiet cores
     python tests/benchmarks/mora_vs_lora_uuid.py --seeds 0 --out runs/mora_vs_lora_uuid
 
 SmolLM2-135M is given the 32 hexadecimal digits of one UUID and has to write those of another. Nothing can be inferred: each pair has
