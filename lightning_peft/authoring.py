@@ -31,3 +31,4 @@ from lightning_peft.surgery.edits import adapt as adapt
 from lightning_peft.surgery.handle import Handle as Handle
 from lightning_peft.surgery.handle import Slot as Slot
 from lightning_peft.surgery.sites import Site as Site
+from lightning_peft.surgery.stack import CallAdapter as CallAdapter
